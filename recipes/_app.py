@@ -1,0 +1,407 @@
+"""What :func:`recipes._cli.run` does once torch is wanted: parse, build, train, report."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import inspect
+import logging
+import pkgutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from recipes import _checkpoints, _errors
+from recipes._cli import CONFIGS, fail
+from recipes._progress import Progress
+from recipes._run import MetricsCSV, Run, SharedFolder, git_commit, quiet, report, start_wandb
+from recipes._stop import Interrupted, LastCheckpoint, Signals, SignalsInForce
+
+log = logging.getLogger(__name__)
+#: Settings that a model takes from the data, where its constructor has them.
+LINKED = ("num_classes", "in_chans", "image_size", "class_names", "domain_names")
+#: "omegaconf" resolves each file alone; "omegaconf+" resolves after all files and flags are merged.
+MODE = "omegaconf+"
+#: Where our defaults differ from the Trainer's.
+TRAINER = {
+    "default_root_dir": "runs",
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # the samplers are ours, cut by rank
+}
+#: Keys of a run's settings that belong to that one call and not to its checkpoint.
+_OF_THE_CALL = ("config", "ckpt_path", "return_predictions", "verbose", "weights_only")
+
+
+def import_plugs() -> None:
+    """Import every public module of callbacks/ and datamodules/, which makes their short class names known.
+
+    A module that lacks an optional dependency is left out; its classes then fail by their full name, with the reason.
+    """
+    for package in ("callbacks", "datamodules"):
+        try:
+            root = importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            if error.name != package:
+                raise
+            continue
+        for module in pkgutil.iter_modules(root.__path__):
+            if not module.name.startswith("_") and not (module.ispkg and package == "datamodules"):
+                try:
+                    importlib.import_module(f"{package}.{module.name}")
+                except ModuleNotFoundError as error:
+                    log.debug("%s.%s is left out: %s", package, module.name, error)
+
+
+def _from_data(name: str, data: LightningDataModule) -> Any:
+    try:
+        return getattr(data, name)
+    except AttributeError:
+        raise ValueError(
+            f"the model needs '{name}', and {type(data).__name__} has no such attribute; set it in its __init__"
+        ) from None
+
+
+def wandb_switch(value: str) -> str:
+    """``auto``, ``online``, ``offline`` or ``off``; YAML reads a bare ``off`` as false."""
+    value = {"false": "off", "no": "off", "true": "auto"}.get(str(value).lower(), str(value))
+    if value not in ("auto", "online", "offline", "off"):
+        raise argparse.ArgumentTypeError(f"expected auto, online, offline or off, got {value}")
+    return value
+
+
+def _ckpt_path(argv: list[str]) -> tuple[str | None, str | None]:
+    """``ckpt_path`` and ``trainer.default_root_dir`` as typed, or as the last of the typed files says; None: neither.
+
+    They have to be known before the settings are parsed: a checkpoint's own settings come before the typed ones.
+    """
+    found: dict[str, Any] = {}
+    for i, word in enumerate(argv):
+        key, equals, value = word.partition("=")
+        if not equals:
+            value = argv[i + 1] if i + 1 < len(argv) else ""
+        if key in ("-c", "--config") and Path(value).is_file():
+            try:
+                content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise ValueError(f"{value} is not YAML: {' '.join(str(error).split())}") from error
+            if isinstance(content, dict):
+                found |= {k: content[k] for k in ("ckpt_path",) if content.get(k)}
+                trainer = content.get("trainer")
+                if isinstance(trainer, dict) and trainer.get("default_root_dir"):
+                    found["trainer.default_root_dir"] = trainer["default_root_dir"]
+        elif key in ("--ckpt_path", "--trainer.default_root_dir") and value:
+            found[key[2:]] = value
+    path = found.get("ckpt_path")
+    return (None if path in (None, "null") else str(path)), found.get("trainer.default_root_dir")
+
+
+class RecipeCLI(LightningCLI):
+    """Lightning's command line, with our folder, loggers, checkpoints and links.
+
+    Args:
+        model: class of the recipe.
+        dotted: its dotted name.
+        name: name of the recipe.
+        verb: fit, validate, test or predict.
+        argv: the arguments after the verb.
+        signals: handlers of SIGINT and SIGTERM.
+        debug: let the parser raise instead of saying one line.
+    """
+
+    run_folder: Run | None = None
+
+    def __init__(
+        self, model: type[LightningModule], dotted: str, name: str, verb: str, argv: list[str], signals: Signals, debug: bool
+    ) -> None:
+        self._recipe, self._dotted, self._verb, self._signals = name, dotted, verb, signals
+        self._saved: _checkpoints.Saved | None = None
+        wanted, root = _ckpt_path(argv)
+        if wanted:
+            file = _checkpoints.find(wanted, Path(root or TRAINER["default_root_dir"]), name)
+            self._saved = _checkpoints.read(file, model, dotted, verb) if file else None
+        parser = type("RecipeParser", (_errors.Parser,), {"debug": debug})
+        default = CONFIGS / name / "default.yaml"
+        files = [str(default)] if default.is_file() else []
+        with tempfile.NamedTemporaryFile("w", prefix=f"{name}-checkpoint-", suffix=".yaml") as settings:
+            if self._saved is not None:  # above the defaults, below what is typed
+                yaml.safe_dump(self._known(self._saved.settings, model, verb), settings, sort_keys=False)
+                settings.flush()
+                files.append(settings.name)
+            super().__init__(
+                model,
+                LightningDataModule,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                parser_class=parser,
+                parser_kwargs={
+                    "parser_mode": MODE,
+                    "prog": f"python -m recipes.{name}",
+                    "allow_abbrev": False,
+                    verb: {"parser_mode": MODE, "allow_abbrev": False, "default_config_files": files},
+                },
+                trainer_defaults=TRAINER,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=[verb, *argv],
+            )
+
+    def _known(self, settings: dict[str, Any], model: type[LightningModule], verb: str) -> dict[str, Any]:
+        """A checkpoint's settings without those that this call doesn't have or takes from the data."""
+        keep = {"seed_everything", "trainer", "model", "data", "wandb"}
+        if verb == "fit":
+            keep |= {"checkpoint", "test_after_fit", "last_every_n_steps"}
+        kept = {key: value for key, value in settings.items() if key in keep and key not in _OF_THE_CALL}
+        if isinstance(kept.get("model"), dict):
+            kept["model"] = {k: v for k, v in kept["model"].items() if k not in LINKED}
+        if isinstance(kept.get("trainer"), dict):
+            # Runs stay where this call looks for them, and a checkpoint doesn't say that this call is a dry run.
+            kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k not in ("default_root_dir", "fast_dev_run")}
+        return kept
+
+    # ------------------------------------------------------------------ settings
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the verb that is wanted: each costs a second."""
+        verbs = LightningCLI.subcommands()
+        return {self._verb: verbs[self._verb] | {"weights_only", "verbose"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        takes = inspect.signature(self._model_class.__init__).parameters
+        for name in LINKED:
+            if name in takes:
+                compute = functools.partial(_from_data, name)
+                parser.link_arguments("data", f"model.{name}", compute_fn=compute, apply_on="instantiate")
+        parser.add_argument(
+            "--wandb",
+            type=wandb_switch,
+            default="auto",
+            help="W&B: auto is online with WANDB_MODE=online or a WANDB_API_KEY, else offline",
+        )
+        if self._verb != "fit":
+            return
+        parser.add_argument("--test_after_fit", type=bool, default=True, help="test with the last weights")
+        parser.add_argument(
+            "--last_every_n_steps", type=int, default=0, help="save last.ckpt within epochs, too, every so many steps"
+        )
+        parser.add_class_arguments(
+            ModelCheckpoint, "checkpoint", skip={"dirpath", "save_last"}, fail_untyped=False, instantiate=False
+        )
+        monitor, mode = getattr(self._model_class, "monitor", (None, "min"))
+        parser.set_defaults(
+            {"checkpoint.monitor": monitor, "checkpoint.mode": mode, "checkpoint.filename": "best", "checkpoint.auto_insert_metric_name": False}
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+        if self._saved is not None:
+            self.config[self._verb]["ckpt_path"] = str(self._saved.file)
+        elif self.config[self._verb].get("ckpt_path"):  # last?, and there is none
+            self.config[self._verb]["ckpt_path"] = None
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's would put the checkpoint's settings above what was typed; ours are in already, below it."""
+
+    # ------------------------------------------------------------------ the trainer
+
+    def _settings(self) -> dict[str, Any]:
+        """The resolved settings of this call, as plain values."""
+        parser = self._parser(self._verb)
+        text = parser.dump(self.config[self._verb], skip_none=False)
+        return {k: v for k, v in yaml.safe_load(text).items() if k not in _OF_THE_CALL}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = {**dict(self._get(self.config_init, "trainer")), **kwargs}
+        settings = self._settings()
+        dry = bool(config["fast_dev_run"])
+        resume = self._saved.run_folder if self._saved is not None and self._verb == "fit" and not dry else None
+        run = Run.begin(self._recipe, self._verb, Path(config["default_root_dir"]), temporary=dry, resume=resume)
+        self.run_folder = run
+        config["default_root_dir"] = str(run.folder)
+        if rank_zero_only.rank == 0 and not dry:
+            commit = git_commit()
+            head = f"# {self._recipe} {self._verb}, lightning {pl.__version__}, torch {torch.__version__}"
+            text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+            run.write_config(f"{head}{f', commit {commit}' if commit else ''}\n{text}")
+        if dry:
+            config["logger"] = False
+        elif config["logger"] is None or config["logger"] is True:
+            run.metrics = MetricsCSV(run.folder)
+            wandb = start_wandb(run, settings.get("wandb") or "off", settings)
+            config["logger"] = [run.metrics] + ([wandb] if wandb is not None else [])
+        config["callbacks"] = self._callbacks(config, run, settings, dry)
+        if dry:
+            config["enable_checkpointing"] = False
+        return Trainer(**config)
+
+    def _callbacks(self, config: dict[str, Any], run: Run, settings: dict[str, Any], dry: bool) -> list[Callback]:
+        """Ours around the user's: the folder and the random streams first, the checkpoints last."""
+        from callbacks.exact_resume import ExactResume
+        from callbacks.nonfinite import StopOnNonFinite
+
+        chosen = config["callbacks"] or []
+        chosen = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
+        has = {kind: any(isinstance(c, kind) for c in chosen) for kind in (ExactResume, StopOnNonFinite)}
+        result: list[Callback] = [SharedFolder(run), SignalsInForce(self._signals)]
+        result += [] if has[ExactResume] else [ExactResume()]
+        result += chosen
+        result += [] if has[StopOnNonFinite] else [StopOnNonFinite()]
+        monitor, _ = getattr(self._model_class, "monitor", (None, "min"))
+        if config["enable_progress_bar"] is not False:
+            result.append(Progress(monitor, terminal=sys.stdout.isatty()))
+        if config["enable_checkpointing"] is False or dry or self._verb != "fit":
+            config["enable_checkpointing"] = config["enable_checkpointing"] is not False and self._verb == "fit" and not dry
+            return result
+        own = dict(self._get(self.config_init, "checkpoint"))
+        if own["monitor"] is not None:
+            result.append(ModelCheckpoint(dirpath=run.checkpoints, save_last=False, **own))
+        stamp = {"name": self._recipe, "model": self._dotted, "config": settings}
+        result.append(LastCheckpoint(run.checkpoints, stamp, self._signals, self.config_init[self._verb]["last_every_n_steps"]))
+        return result
+
+    # ------------------------------------------------------------------ verbs
+
+    def fit(self, **arguments: Any) -> None:
+        run, trainer = self.run_folder, self.trainer
+        assert run is not None
+        if arguments.get("ckpt_path"):
+            log.info(f"goes on from {arguments['ckpt_path']}")
+        log.info(self._headline())
+        trainer.fit(weights_only=True, **arguments)
+        if self._signals.received:  # after the last step: everything is saved
+            raise Interrupted(self._signals.received, run.checkpoints / "last.ckpt")
+        run.results |= _numbers(trainer)
+        best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+        if best is not None and best.monitor and best.best_model_score is not None:
+            run.results[f"best {best.monitor}"] = float(best.best_model_score)
+        can_test = "test_step" in _overridden(self.model) and "test_dataloader" in _overridden(self.datamodule)
+        if self.config_init[self._verb]["test_after_fit"] and can_test and not trainer.fast_dev_run:
+            trainer.test(self.model, datamodule=self.datamodule, verbose=False, weights_only=True)
+            run.results |= _numbers(trainer)
+
+    def _evaluated(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        if not arguments.get("ckpt_path"):
+            log.warning("no --ckpt_path: these are the weights the model starts with")
+        return {"weights_only": True, **arguments}
+
+    def validate(self, **arguments: Any) -> None:
+        self.trainer.validate(verbose=False, **self._evaluated(arguments))
+        self.run_folder.results |= _numbers(self.trainer)  # type: ignore[union-attr]
+
+    def test(self, **arguments: Any) -> None:
+        self.trainer.test(verbose=False, **self._evaluated(arguments))
+        self.run_folder.results |= _numbers(self.trainer)  # type: ignore[union-attr]
+
+    def predict(self, **arguments: Any) -> None:
+        run = self.run_folder
+        assert run is not None
+        arguments["return_predictions"] = True
+        found = self.trainer.predict(**self._evaluated(arguments))
+        if found and not run.temporary:
+            ranks = self.trainer.world_size
+            file = run.folder / (f"predictions-{self.trainer.global_rank}.pt" if ranks > 1 else "predictions.pt")
+            torch.save(_join(found), file)
+            log.info(f"predictions: {file}")
+
+    def _headline(self) -> str:
+        count = sum(p.numel() for p in self.model.parameters())
+        size = f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+        trainer = self.trainer
+        ranks = f", {trainer.world_size} ranks" if trainer.world_size > 1 else ""
+        where = f"{type(trainer.accelerator).__name__.removesuffix('Accelerator').lower()}{ranks}"
+        return f"{self._recipe}: {type(self.model).__name__}, {size} parameters, {type(self.datamodule).__name__}, {where}"
+
+
+def _overridden(thing: object) -> set[str]:
+    """Methods of a Lightning object that its class defines itself."""
+    base = LightningModule if isinstance(thing, LightningModule) else LightningDataModule
+    return {n for n in dir(base) if getattr(type(thing), n, None) is not getattr(base, n, None)}
+
+
+def _numbers(trainer: Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _join(batches: list[Any]) -> Any:
+    """The predictions of all batches as one: dicts of tensors are joined along the first axis, others stay a list."""
+    if all(isinstance(b, dict) for b in batches):
+        tensors = [k for k, v in batches[0].items() if isinstance(v, torch.Tensor)]
+        return {k: torch.cat([b[k].cpu() for b in batches]) for k in tensors}
+    if all(isinstance(b, torch.Tensor) for b in batches):
+        return torch.cat([b.cpu() for b in batches])
+    return batches
+
+
+def execute(model: str, name: str, verb: str, argv: list[str], *, debug: bool = False) -> int:
+    """Run one verb of a recipe; the arguments are those of :func:`recipes._cli.run`, which is what to call.
+
+    Returns:
+        The exit code.
+    """
+    cli = RecipeCLI.__new__(RecipeCLI)  # known here before its constructor, which does everything, has returned
+    with quiet(), Signals() as signals:
+        try:
+            import_plugs()
+            module, _, cls = model.rpartition(".")
+            cli.__init__(getattr(importlib.import_module(module), cls), model, name, verb, argv, signals, debug)  # type: ignore[misc]
+            assert cli.run_folder is not None
+            report(cli.run_folder)
+            return 0
+        except SystemExit as end:  # of the parser: help, or bad input that is said already
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
+        except Interrupted as stop:
+            return _interrupted(cli, stop, name)
+        except Exception as error:
+            if debug:
+                raise
+            return _failed(cli, error)
+        finally:
+            _end(cli)
+
+
+def _interrupted(cli: RecipeCLI, stop: Interrupted, name: str) -> int:
+    trainer = getattr(cli, "trainer", None)
+    if rank_zero_only.rank != 0:
+        return 0 if "LIGHTNING" in str(type(trainer.strategy.launcher)).upper() and trainer is not None else stop.code
+    if stop.saved is not None and trainer is not None:
+        log.info(f"stopped by {stop} at step {trainer.global_step}; saved {stop.saved}")
+        log.info(f"go on with: python -m recipes.{name} fit --ckpt_path last")
+    else:
+        log.info(f"stopped by {stop}; nothing to save")
+    return stop.code
+
+
+def _failed(cli: RecipeCLI, error: Exception) -> int:
+    run = cli.run_folder
+    log.error("%s", type(error).__name__, exc_info=error, extra={"console": False})
+    message, hints = _errors.describe(error)
+    rank = f" (rank {rank_zero_only.rank})" if rank_zero_only.rank else ""
+    logged = run is not None and not run.temporary and run.folder.is_dir()
+    where = f"the traceback is in {run.folder / 'run.log'}" if run and logged else "--debug shows the traceback"
+    if _errors.is_bad_input(error):
+        return fail(message + rank, *hints, *([] if hints or _errors.raised_here(error) else [where]))
+    fail(f"{type(error).__name__}: {message}{rank}", *hints, where)
+    return 1
+
+
+def _end(cli: RecipeCLI) -> None:
+    """Leave nothing running: the ranks that Lightning started, W&B, the log file."""
+    launcher = getattr(getattr(getattr(cli, "trainer", None), "strategy", None), "launcher", None)
+    for process in getattr(launcher, "procs", []):
+        try:
+            process.wait(10)
+        except Exception:
+            process.kill()
+    if cli.run_folder is not None:
+        cli.run_folder.end()

@@ -1,0 +1,154 @@
+"""Image classification with any timm backbone: the loop that techniques plug into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from callbacks.perturbation import clip_groups, parameter_groups
+
+#: Mean and standard deviation of ImageNet's RGB values, with which timm's weights were trained.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Classifier(LightningModule):
+    """Cross-entropy on the logits of a timm backbone; accuracy per domain.
+
+    Args:
+        backbone: name of a timm model.
+        num_classes: from the data.
+        in_chans: channels of the image; from the data.
+        image_size: height of the image in pixels; from the data. Given to backbones that are built for one size.
+        class_names: from the data; for the confusion matrix.
+        domain_names: from the data; names of the per-domain metrics.
+        pretrained: start from timm's weights (a download).
+        backbone_args: further arguments of ``timm.create_model``.
+        optimizer: ``sgd`` (Nesterov off, ``momentum``) or ``adamw``.
+        lr: learning rate at the start of the cosine (per epoch, to zero), reached after ``warmup_epochs``.
+        momentum: of SGD.
+        weight_decay: on all weights of the network; techniques' own parameters have none.
+        warmup_epochs: linear warm-up.
+        label_smoothing: of the cross-entropy.
+
+    A batch is a dict with ``image`` (B, C, H, W) in [0, 1], ``label`` (B,) and, where there are domains, ``domain``
+    (B,). Normalisation sits inside the model, so that a radius means pixels.
+    """
+
+    monitor = ("val/acc", "max")
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        num_classes: int = 10,
+        in_chans: int = 3,
+        image_size: int = 224,
+        class_names: Sequence[str] = (),
+        domain_names: Sequence[str] = (),
+        pretrained: bool = False,
+        backbone_args: dict[str, Any] | None = None,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        lr: float = 0.05,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        warmup_epochs: float = 0.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.class_names = list(class_names) or [str(i) for i in range(num_classes)]
+        self.domain_names = list(domain_names) or ["all"]
+        options = dict(backbone_args or {})
+        if backbone not in timm.list_models():
+            near = timm.list_models(f"*{backbone.split('.')[0]}*")[:5]
+            raise ValueError(f"timm has no model '{backbone}'" + (f"; near it: {', '.join(near)}" if near else ""))
+        if "img_size" not in options and backbone.startswith(("vit", "deit", "swin", "mixer")):
+            options["img_size"] = image_size
+        self.backbone = timm.create_model(
+            backbone, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **options
+        )
+        mean, std = IMAGENET if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        #: What the backbone takes; techniques read the shapes of its layers from it.
+        self.example_input_array = torch.zeros(2, in_chans, image_size, image_size)
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_confusion = nn.ModuleList(MulticlassConfusionMatrix(num_classes) for _ in self.domain_names)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, C, H, W) in [0, 1]."""
+        return self.backbone((image - self.mean) / self.std)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy of a batch; no logging, no side effects: techniques call it while they craft."""
+        return F.cross_entropy(
+            self(batch["image"]), batch["label"], label_smoothing=self.hparams["label_smoothing"]
+        )
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["label"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        logits = self(batch["image"])
+        size = len(batch["label"])
+        self.val_accuracy.update(logits, batch["label"])
+        self.log("val/acc", self.val_accuracy, on_epoch=True, prog_bar=True, batch_size=size)
+        loss = F.cross_entropy(logits, batch["label"])
+        self.log("val/loss", loss, on_epoch=True, batch_size=size, sync_dist=True)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        logits = self(batch["image"])
+        domain = batch.get("domain", torch.zeros_like(batch["label"]))
+        for d in domain.unique().tolist():
+            chosen = domain == d
+            self.test_confusion[d].update(logits[chosen], batch["label"][chosen])
+
+    def on_test_epoch_end(self) -> None:
+        """Accuracy of each domain that has images, and their plain mean (domains count alike, as is the custom)."""
+        #: (domains, classes, classes), rows are true classes; kept for the report.
+        self.confusion = torch.stack([metric.compute() for metric in self.test_confusion]).cpu()
+        values = []
+        for name, confusion in zip(self.domain_names, self.confusion, strict=True):
+            if confusion.sum() > 0:
+                values.append(confusion.diagonal().sum() / confusion.sum())
+                self.log(f"test/acc_{name}", values[-1], rank_zero_only=True)
+        self.log("test/acc", torch.stack(values).mean(), rank_zero_only=True)
+        for metric in self.test_confusion:
+            metric.reset()
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        probability = self(batch["image"]).softmax(-1)
+        return {"index": batch.get("index"), "probability": probability, "prediction": probability.argmax(-1)}
+
+    def configure_optimizers(self) -> Any:
+        h = self.hparams
+        groups = parameter_groups(self, lr=h["lr"], weight_decay=h["weight_decay"])
+        if h["optimizer"] == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=h["lr"], momentum=h["momentum"])
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=h["lr"])
+        epochs, warmup = max(self.trainer.max_epochs or 1, 1), h["warmup_epochs"]
+
+        def factor(epoch: int) -> float:
+            if epoch < warmup:
+                return (epoch + 1) / (warmup + 1)
+            return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
+
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        clip_groups(optimizer, gradient_clip_val, gradient_clip_algorithm)

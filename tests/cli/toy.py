@@ -1,0 +1,172 @@
+"""A small recipe with batch norm and dropout, and data that resumes exactly: what the command line is tried on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class _Points(Dataset[dict[str, Tensor]]):
+    def __init__(self, size: int, classes: int, nan_at: int = -1) -> None:
+        g = torch.Generator().manual_seed(1)
+        self.label = torch.randint(0, classes, (size,), generator=g)
+        self.image = torch.randn(size, 1, 4, 4, generator=g) + self.label.view(-1, 1, 1, 1)
+        if nan_at >= 0:
+            self.image[nan_at] = float("nan")
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {
+            "image": self.image[i],
+            "label": self.label[i],
+            "domain": self.label[i] % 2,
+            "index": torch.tensor(i),
+        }
+
+
+class _Order(Sampler[int]):
+    """Shuffled by the epoch, cut by rank, and begun where a checkpoint stopped."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.epoch, self.skip = size, 0, 0
+
+    def _ranks(self) -> tuple[int, int]:
+        return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        g = torch.Generator().manual_seed(self.epoch)
+        rank, ranks = self._ranks()
+        order = torch.randperm(self.size, generator=g).tolist()[rank::ranks]
+        skip, self.skip = self.skip, 0
+        yield from order[skip:]
+
+    def __len__(self) -> int:
+        return self.size // self._ranks()[1]
+
+
+class ToyData(LightningDataModule):
+    """Points in ``num_classes`` clouds."""
+
+    def __init__(
+        self, batch_size: int = 8, num_classes: int = 3, size: int = 96, nan_at: int = -1, root: str | None = None
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.num_classes, self.size, self.nan_at, self.root = batch_size, num_classes, size, nan_at, root
+        self.in_chans, self.image_size = 1, 4
+        self.class_names = [f"class {i}" for i in range(num_classes)]
+        self.domain_names = ["even", "odd"]
+        self._skip = 0
+
+    def setup(self, stage: str) -> None:
+        if self.root is not None:
+            raise FileNotFoundError(f"{self.root} has no toys; get them at a toy shop")
+        self.train = _Points(self.size, self.num_classes, self.nan_at)
+        self.rest = _Points(32, self.num_classes)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        order = _Order(len(self.train))
+        order.skip, self._skip = self._skip, 0
+        return DataLoader(self.train, batch_size=self.batch_size, sampler=order)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.rest, batch_size=16)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+    def state_dict(self) -> dict[str, int]:
+        loop = self.trainer.fit_loop.epoch_loop.batch_progress  # type: ignore[union-attr]
+        done = loop.current.processed
+        return {"skip": 0 if loop.is_last_batch else done * self.batch_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._skip = state["skip"]
+
+
+class ToyNet(LightningModule):
+    """A linear net with batch norm and dropout."""
+
+    monitor = ("val/acc", "max")
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        class_names: Sequence[str] = (),
+        domain_names: Sequence[str] = (),
+        width: int = 16,
+        lr: float = 0.05,
+        wait: float = 0.0,
+        layer: str = "body",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if layer != "body":
+            raise ValueError(f"there is no layer '{layer}'; the layers are: body, head")
+        self.body = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(in_chans * 16, width), torch.nn.BatchNorm1d(width), torch.nn.Dropout(0.3)
+        )
+        self.head = torch.nn.Linear(width, num_classes)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(self.head(self.body(batch["image"])), batch["label"])
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        time.sleep(self.hparams["wait"])
+        loss = self.loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def _evaluate(self, stage: str, batch: dict[str, Tensor]) -> None:
+        hit = (self.head(self.body(batch["image"])).argmax(1) == batch["label"]).float().mean()
+        self.log(f"{stage}/acc", hit, batch_size=len(batch["label"]), sync_dist=True)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return {"index": batch["index"], "prediction": self.head(self.body(batch["image"])).argmax(1)}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), self.hparams["lr"], momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)]
+
+
+class OtherNet(ToyNet):
+    """The model of another recipe."""
+
+
+class Explode(Callback):
+    """An error that is nobody's input."""
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        raise RuntimeError("boom")
+
+
+class Noise(Callback):
+    """Something with a setting.
+
+    Args:
+        sigma: how much.
+    """
+
+    def __init__(self, sigma: float = 0.1) -> None:
+        self.sigma = sigma
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        print(f"sigma is {self.sigma}")
