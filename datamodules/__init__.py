@@ -1,0 +1,6 @@
+"""One LightningDataModule per benchmark family; the embedded data beside them."""
+
+from datamodules.digits import Digits
+from datamodules.emoji import EmojiDomains
+
+__all__ = ["Digits", "EmojiDomains"]

@@ -1,0 +1,98 @@
+"""Embedded data with real domains: emoji of the same concepts as five vendors draw them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datamodules.images import ImageDataModule, ImageSet, choose
+
+FOLDER = Path(__file__).parent / "embedded" / "emoji"
+STYLES = ("noto", "twemoji", "fluent", "openmoji", "fluent_mono")
+CLASSES = (
+    "aquatic bird bug building clock clothing face hand heart mammal meal person plant produce sport tool vehicle".split()
+)
+
+
+def _images(style: str) -> Tensor:
+    file = FOLDER / f"{style}.npz"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there: install the project again, or leave the style '{style}' out")
+    with np.load(file) as arrays:
+        return torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).contiguous()
+
+
+class EmojiDomains(ImageDataModule):
+    """650 emoji concepts in 17 classes, drawn in five styles (the domains); comes with the project (see its README).
+
+    The split of the concepts, 455 for training, 66 for validation and 129 for testing, is fixed in the file and the
+    same in all styles. Training and validation see the source styles, testing the target styles.
+
+    Args:
+        sources: styles of training and validation.
+        targets: styles of testing; all others if omitted.
+        concepts: ``unseen``: test on concepts that no style showed in training; ``known``: on those of training, drawn
+            in the target styles.
+        image_size: drawings are 32 pixels high; another size scales them once, when they are read.
+        translate: shift training images by up to this part of the side.
+
+    Other arguments: see :class:`datamodules.images.ImageDataModule`.
+
+    Raises:
+        ValueError: for a style that doesn't exist, or sources among the targets of known concepts.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str] = ("noto",),
+        targets: Sequence[str] | None = None,
+        concepts: Literal["unseen", "known"] = "unseen",
+        image_size: int = 32,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int | None = None,
+        flip: bool = True,
+        translate: float = 0.0625,
+        transform: nn.Module | None = None,
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size)
+        self.sources = choose("style", sources, STYLES)
+        rest = [style for style in STYLES if style not in sources]
+        if targets is None and not rest:
+            raise ValueError("all styles are sources, so none is left to test on: name targets, or fewer sources")
+        self.targets = choose("style", rest if targets is None else targets, STYLES)
+        if concepts not in ("unseen", "known"):
+            raise ValueError(f"concepts must be unseen or known, not '{concepts}'")
+        if image_size < 8:
+            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        both = [STYLES[i] for i in self.targets if i in self.sources]
+        if concepts == "known" and both:
+            raise ValueError(f"with known concepts, '{both[0]}' can't be source and target: it would test on training images")
+        self.concepts = concepts
+        self.image_size = image_size
+        self.num_classes, self.class_names, self.domain_names = len(CLASSES), list(CLASSES), list(STYLES)
+
+    def load(self, part: Literal["train", "val", "test"]) -> ImageSet:
+        with np.load(FOLDER / "concepts.npz") as arrays:
+            split, label = arrays["split"], torch.from_numpy(arrays["label"])
+        wanted = "train" if part == "test" and self.concepts == "known" else part
+        chosen = torch.from_numpy(np.flatnonzero(split == wanted))
+        images, labels, domains, concepts = [], [], [], []
+        for domain in self.targets if part == "test" else self.sources:
+            drawn = _images(STYLES[domain])[chosen]
+            if drawn.shape[-1] != self.image_size:
+                size = (self.image_size, self.image_size)
+                drawn = F.interpolate(drawn, size, mode="bilinear", antialias=True)
+            images.append(drawn)
+            labels.append(label[chosen])
+            domains.append(torch.full_like(chosen, domain))
+            concepts.append(chosen)
+        entries = {"label": torch.cat(labels), "domain": torch.cat(domains), "concept": torch.cat(concepts)}
+        return ImageSet(torch.cat(images), entries)

@@ -1,0 +1,358 @@
+"""What every image DataModule shares: decoding once, batched augmentation, and an order of the data that resumes exactly.
+
+A batch is a dict: ``image`` float32 (B, C, H, W) in [0, 1], ``label``, ``domain`` and ``index`` int64 (B,), and what the
+dataset adds. What an example looks like depends on (seed, epoch, index) and on nothing else: not on the rank, not on
+the number of loader workers, not on what was drawn before.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.sampling import Draw, EvalBatches, TrainBatches
+
+log = logging.getLogger(__name__)
+#: Random numbers per example and epoch: flip, whether to shift, how far down and to the right, the user's transform.
+_DRAWS = 5
+OnCorrupt = Literal["error", "skip"]
+
+
+def run_seed() -> int:
+    """The seed of ``seed_everything`` (0 if it was never called)."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+# ---------------------------------------------------------------------- decoding
+
+
+def decode(file: Path, size: tuple[int, int]) -> Tensor:
+    """An image file as uint8 (3, H, W), squashed to ``size`` = (H, W) with bicubic filtering (Dassl's ``Resize``).
+
+    Raises:
+        ValueError: naming the file, if it is no image or is cut short.
+    """
+    try:
+        with Image.open(file) as opened:
+            if opened.format == "JPEG":
+                opened.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes large photographs at a fraction of the size
+            image = opened.convert("RGBA").convert("RGB") if opened.mode in ("P", "PA", "LA") else opened.convert("RGB")
+            if image.size != (size[1], size[0]):
+                image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {file}: the dataset is incomplete") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{file} can't be read as an image ({' '.join(str(error).split())}): fetch it again, or leave such files "
+            "out with --data.on_corrupt skip"
+        ) from None
+
+
+def _progress(what: str, total: int) -> Any:
+    """A bar on a terminal, nothing elsewhere: reading a large benchmark takes minutes."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    bar = Progress(
+        *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), transient=True, disable=total < 2000
+    )
+    bar.add_task(what, total=total)
+    return bar
+
+
+# ---------------------------------------------------------------------- sets of images
+
+
+class ImageSet(Dataset[dict[str, Tensor]]):
+    """Images with labels and domains, in memory or on disk; a batch is fetched as a whole.
+
+    Args:
+        images: uint8 (N, C, H, W), or N files.
+        entries: int64 or bool tensors (N,), ``label`` and ``domain`` among them; they become entries of the batch.
+        size: (H, W) to which files are decoded.
+        memory_gb: files are decoded once, here, if the images take no more than this; else at every fetch.
+        on_corrupt: ``error``, or ``skip``: count files that can't be decoded and leave them out.
+    """
+
+    def __init__(
+        self,
+        images: Tensor | Sequence[Path],
+        entries: Mapping[str, Tensor],
+        size: tuple[int, int] | None = None,
+        memory_gb: float = 0.0,
+        on_corrupt: OnCorrupt = "error",
+    ) -> None:
+        self.entries = dict(entries)
+        self.files: list[Path] | None = None
+        self.images: Tensor | None = None
+        self.transform: Augmentation | None = None
+        if isinstance(images, Tensor):
+            self.images, self.size = images, (images.shape[-2], images.shape[-1])
+        else:
+            if size is None:
+                raise ValueError("files need a size to be decoded to")
+            self.files, self.size = list(images), size
+            keep = 3 * size[0] * size[1] * len(self.files) <= memory_gb * 2**30
+            if keep or on_corrupt == "skip":
+                self._read_all(keep, on_corrupt)
+        for name, values in self.entries.items():
+            if len(values) != len(self):
+                raise ValueError(f"{len(self)} images, but {len(values)} values of '{name}'")
+
+    def _read_all(self, keep: bool, on_corrupt: OnCorrupt) -> None:
+        assert self.files is not None
+        bad: list[int] = []
+        images = torch.empty(len(self.files), 3, *self.size, dtype=torch.uint8) if keep else None
+
+        def read(i: int) -> None:
+            try:
+                image = decode(files[i], self.size)
+            except ValueError:
+                if on_corrupt == "error":
+                    raise
+                bad.append(i)
+                return
+            if images is not None:
+                images[i] = image
+
+        files = self.files
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, _progress("reading images", len(files)) as bar:
+            for _ in pool.map(read, range(len(files))):
+                bar.advance(bar.task_ids[0])
+        if bad:
+            bad.sort()
+            log.warning("left out %d files that can't be read as images: %s", len(bad), ", ".join(str(files[i]) for i in bad[:5]))
+            good = torch.ones(len(files), dtype=torch.bool)
+            good[bad] = False
+            self.entries = {name: values[good] for name, values in self.entries.items()}
+            self.files = [file for i, file in enumerate(files) if good[i]]
+            images = images[good] if images is not None else None
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.files if self.images is None and self.files is not None else self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, draw: Draw | int) -> dict[str, Tensor]:
+        draw = draw if isinstance(draw, tuple) else Draw(0, draw)
+        return {name: values[0] for name, values in self.__getitems__([draw]).items()}
+
+    def __getitems__(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
+        """The batch of these draws; torch's loader calls this once a batch."""
+        index = torch.tensor([draw.index for draw in draws])
+        if self.images is not None:
+            images = self.images[index]
+        else:
+            assert self.files is not None
+            images = torch.stack([decode(self.files[i], self.size) for i in index.tolist()])
+        if self.transform is not None:
+            images = self.transform(images, draws[0].epoch, index)
+        batch = {"image": images.float().div_(255) if images.dtype == torch.uint8 else images}
+        batch |= {name: values[index] for name, values in self.entries.items()}
+        return {**batch, "index": index}
+
+    def subset(self, chosen: Tensor) -> ImageSet:
+        """The examples at these positions, sharing what is decoded only where it must be copied."""
+        entries = {name: values[chosen] for name, values in self.entries.items()}
+        if self.images is not None:
+            return ImageSet(self.images[chosen], entries)
+        assert self.files is not None
+        return ImageSet([self.files[i] for i in chosen.tolist()], entries, self.size)
+
+
+class Augmentation:
+    """Random flip and translation of a whole batch, each image by its own draws, then a transform of the user's.
+
+    Args:
+        seed: draws of an example are a function of (seed, epoch, index).
+        size: number of examples.
+        flip: mirror left to right with probability 1/2.
+        translate: with probability 1/2 shift by up to this part of the side (padded by the border's pixels).
+        transform: any module or function on one uint8 (C, H, W) image (torchvision v2), called per image with torch's
+            random state set to its own draw.
+    """
+
+    def __init__(self, seed: int, size: int, flip: bool, translate: float, transform: Any = None) -> None:
+        if not 0 <= translate < 1:
+            raise ValueError(f"translate must lie in [0, 1), not {translate}")
+        self.seed, self.size, self.flip, self.translate, self.transform = seed, size, flip, translate, transform
+        self._epoch = -1
+        self._table = torch.empty(0)
+
+    def _draws(self, epoch: int, index: Tensor) -> Tensor:
+        """Uniform numbers of these examples in this epoch, (B, 5): a row of a table that is made once an epoch."""
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + 500_009)
+            self._table, self._epoch = torch.rand(self.size, _DRAWS, generator=generator), epoch
+        return self._table[index]
+
+    def __call__(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) in, the same out."""
+        u = self._draws(epoch, index)
+        if self.flip:
+            images = torch.where((u[:, 0] < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
+        if self.translate:
+            images = self._shifted(images, u)
+        if self.transform is not None:
+            images = torch.stack([self._own(image, u[i, 4]) for i, image in enumerate(images)])
+        return images
+
+    def _shifted(self, images: Tensor, u: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        reach = max(1, round(self.translate * height)), max(1, round(self.translate * width))
+        padded = F.pad(images.float(), (reach[1], reach[1], reach[0], reach[0]), mode="replicate").to(images.dtype)
+        moved = u[:, 1] < 0.5
+        down = torch.where(moved, (u[:, 2] * (2 * reach[0] + 1)).long(), reach[0])
+        right = torch.where(moved, (u[:, 3] * (2 * reach[1] + 1)).long(), reach[1])
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (B, C, 2r+1, 2r+1, H, W)
+        return windows[torch.arange(len(images)), :, down, right]
+
+    def _own(self, image: Tensor, draw: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(draw.item() * 2**31))
+            return self.transform(image)
+
+
+# ---------------------------------------------------------------------- the DataModule
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def choose(what: str, wanted: Sequence[str], known: Sequence[str]) -> list[int]:
+    """Positions of the wanted names among the known ones.
+
+    Raises:
+        ValueError: for a name that doesn't exist (lists those that do), twice the same, or none.
+    """
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"there is no {what} '{name}'; there are: {', '.join(known)}")
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise ValueError(f"name each {what} once, and at least one of: {', '.join(known)}")
+    return [list(known).index(name) for name in wanted]
+
+
+class ImageDataModule(LightningDataModule):
+    """Loaders over three :class:`ImageSet`; a dataset's class fills them in :meth:`load`.
+
+    Args:
+        batch_size: of training, per rank.
+        num_workers: of each loader; 0 is best for what is in memory.
+        seed: of the order of the data, of augmentation and of splits made here; None: the run's seed.
+        flip: mirror training images at random.
+        translate: shift training images at random by up to this part of the side.
+        transform: a torchvision v2 transform of one uint8 training image, after flip and shift.
+        eval_batch_size: of evaluation, per rank; twice ``batch_size`` if omitted.
+    """
+
+    #: Known as soon as the object is there; the command line hands them to the model.
+    num_classes: int
+    class_names: list[str]
+    domain_names: list[str]
+    image_size: int
+    in_chans: int = 3
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int | None = None,
+        flip: bool = True,
+        translate: float = 0.0,
+        transform: nn.Module | None = None,
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+            raise ValueError("batch sizes must be at least 1")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
+        self.num_workers, self._seed = num_workers, seed
+        self.flip, self.translate, self.transform = flip, translate, transform
+        self._sets: dict[str, ImageSet] = {}
+        self._resumed: dict[str, int] | None = None
+        self._order: TrainBatches | None = None
+
+    @property
+    def seed(self) -> int:
+        return run_seed() if self._seed is None else self._seed
+
+    # ------------------------------------------------------------------ what a dataset's class says
+
+    def load(self, part: Literal["train", "val", "test"]) -> ImageSet:
+        """Read one part, called once for each part that is needed."""
+        raise NotImplementedError(f"{type(self).__name__} must define load(part)")
+
+    # ------------------------------------------------------------------ loaders
+
+    def setup(self, stage: str) -> None:
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}[stage]
+        for part in needed:
+            if part not in self._sets:
+                self._sets[part] = self.load(part)  # type: ignore[arg-type]
+                if len(self._sets[part]) == 0:
+                    raise ValueError(f"{type(self).__name__} has no images for '{part}'")
+
+    def part(self, part: Literal["train", "val", "test"]) -> ImageSet:
+        """One part, read if need be; for notebooks and tests."""
+        if part not in self._sets:
+            self._sets[part] = self.load(part)
+        return self._sets[part]
+
+    def _loader(self, part: Literal["train", "val", "test"], batches: Any) -> DataLoader[Any]:
+        return DataLoader(
+            self.part(part),
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        examples = self.part("train")
+        examples.transform = Augmentation(self.seed, len(examples), self.flip, self.translate, self.transform)
+        order = TrainBatches(len(examples), self.batch_size, self.seed)
+        if self._resumed is not None:
+            order.epoch, order.consumed = self._resumed["epoch"], self._resumed["consumed"]
+            self._resumed = None
+        elif self.trainer is not None:
+            order.epoch = self.trainer.current_epoch
+        self._order = order
+        return self._loader("train", order)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("val", EvalBatches(len(self.part("val")), self.eval_batch_size))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test", EvalBatches(len(self.part("test")), self.eval_batch_size))
+
+    predict_dataloader = test_dataloader
+
+    # ------------------------------------------------------------------ exact resume
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the order of the data stands: the epoch, and examples consumed of it over all ranks."""
+        if self.trainer is None or self._order is None:
+            return {}
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        epoch = self.trainer.current_epoch
+        done = progress.current.processed
+        if progress.is_last_batch or done >= len(self._order):
+            return {"epoch": epoch + 1, "consumed": 0}
+        return {"epoch": epoch, "consumed": done * self._order.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = {"epoch": int(state_dict["epoch"]), "consumed": int(state_dict["consumed"])} if state_dict else None
