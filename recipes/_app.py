@@ -178,9 +178,8 @@ class RecipeCLI(LightningCLI):
         return {self._verb: verbs[self._verb] | {"weights_only", "verbose"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        takes = inspect.signature(self._model_class.__init__).parameters
         for name in LINKED:
-            if name in takes:
+            if f"--model.{name}" in parser._option_string_actions:
                 compute = functools.partial(_from_data, name)
                 parser.link_arguments("data", f"model.{name}", compute_fn=compute, apply_on="instantiate")
         parser.add_argument(

@@ -10,13 +10,36 @@ import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
 
 from callbacks.perturbation import clip_groups, parameter_groups
 
 #: Mean and standard deviation of ImageNet's RGB values, with which timm's weights were trained.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class DomainConfusion(Metric):
+    """Counts of (domain, true class, predicted class), summed over ranks.
+
+    One tensor for all domains: a domain without images is nothing special, and ranks needn't see the same ones.
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, domains: int, classes: int) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(domains, classes, classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, predicted: Tensor, label: Tensor, domain: Tensor) -> None:
+        domains, classes, _ = self.counts.shape
+        cell = (domain * classes + label) * classes + predicted
+        self.counts += torch.bincount(cell, minlength=domains * classes * classes).view_as(self.counts)
+
+    def compute(self) -> Tensor:
+        return self.counts
 
 
 class Classifier(LightningModule):
@@ -37,12 +60,15 @@ class Classifier(LightningModule):
         weight_decay: on all weights of the network; techniques' own parameters have none.
         warmup_epochs: linear warm-up.
         label_smoothing: of the cross-entropy.
+        compile: compile the backbone, with the techniques that hang on it.
 
     A batch is a dict with ``image`` (B, C, H, W) in [0, 1], ``label`` (B,) and, where there are domains, ``domain``
     (B,). Normalisation sits inside the model, so that a radius means pixels.
     """
 
     monitor = ("val/acc", "max")
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -60,6 +86,7 @@ class Classifier(LightningModule):
         weight_decay: float = 5e-4,
         warmup_epochs: float = 0.0,
         label_smoothing: float = 0.0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -80,7 +107,11 @@ class Classifier(LightningModule):
         #: What the backbone takes; techniques read the shapes of its layers from it.
         self.example_input_array = torch.zeros(2, in_chans, image_size, image_size)
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.test_confusion = nn.ModuleList(MulticlassConfusionMatrix(num_classes) for _ in self.domain_names)
+        self.test_confusion = DomainConfusion(len(self.domain_names), num_classes)
+
+    def setup(self, stage: str) -> None:
+        if self.hparams["compile"]:  # after the techniques have hung their hooks: a compiled graph doesn't see later ones
+            self.backbone.compile()
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W) in [0, 1]."""
@@ -88,9 +119,7 @@ class Classifier(LightningModule):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy of a batch; no logging, no side effects: techniques call it while they craft."""
-        return F.cross_entropy(
-            self(batch["image"]), batch["label"], label_smoothing=self.hparams["label_smoothing"]
-        )
+        return F.cross_entropy(self(batch["image"]), batch["label"], label_smoothing=self.hparams["label_smoothing"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
@@ -106,24 +135,21 @@ class Classifier(LightningModule):
         self.log("val/loss", loss, on_epoch=True, batch_size=size, sync_dist=True)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        logits = self(batch["image"])
-        domain = batch.get("domain", torch.zeros_like(batch["label"]))
-        for d in domain.unique().tolist():
-            chosen = domain == d
-            self.test_confusion[d].update(logits[chosen], batch["label"][chosen])
+        label = batch["label"]
+        predicted = self(batch["image"]).argmax(-1)
+        self.test_confusion.update(predicted, label, batch.get("domain", torch.zeros_like(label)))
 
     def on_test_epoch_end(self) -> None:
         """Accuracy of each domain that has images, and their plain mean (domains count alike, as is the custom)."""
         #: (domains, classes, classes), rows are true classes; kept for the report.
-        self.confusion = torch.stack([metric.compute() for metric in self.test_confusion]).cpu()
+        self.confusion = self.test_confusion.compute().cpu()
         values = []
         for name, confusion in zip(self.domain_names, self.confusion, strict=True):
             if confusion.sum() > 0:
                 values.append(confusion.diagonal().sum() / confusion.sum())
                 self.log(f"test/acc_{name}", values[-1], rank_zero_only=True)
         self.log("test/acc", torch.stack(values).mean(), rank_zero_only=True)
-        for metric in self.test_confusion:
-            metric.reset()
+        self.test_confusion.reset()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         probability = self(batch["image"]).softmax(-1)
