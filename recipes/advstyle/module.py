@@ -127,8 +127,8 @@ class DomainGeneralizer(Classifier):
     def on_validation_epoch_end(self) -> None:
         if self._seen:
             rank1, precision = self._scores()["mean"]
-            self.log("val/map", precision, rank_zero_only=True)
-            self.log("val/acc", rank1, rank_zero_only=True, prog_bar=True)
+            self.log("val/map", precision, sync_dist=True)
+            self.log("val/acc", rank1, sync_dist=True, prog_bar=True)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         if self.hparams["task"] == "classification":
@@ -142,8 +142,8 @@ class DomainGeneralizer(Classifier):
         scores = self._scores()
         for name, (rank1, precision) in scores.items():
             suffix = "" if name == "mean" else f"_{name}"
-            self.log(f"test/rank1{suffix}", rank1, rank_zero_only=True)
-            self.log(f"test/map{suffix}", precision, rank_zero_only=True)
+            self.log(f"test/rank1{suffix}", rank1, sync_dist=True)
+            self.log(f"test/map{suffix}", precision, sync_dist=True)
 
     def _embed(self, batch: dict[str, Tensor]) -> None:
         kept = {name: batch[name] for name in ("label", "camera", "query", "domain")}
@@ -160,10 +160,10 @@ class DomainGeneralizer(Classifier):
             pairs = [seen[name][chosen] for name in ("embedding", "label", "camera") for chosen in (query, gallery)]
             rank1, precision, count = retrieval_scores(*pairs)
             if count:
-                scores[self.domain_names[d]] = (rank1, precision)
+                scores[self.domain_names[d]] = (rank1.to(self.device), precision.to(self.device))
         if not scores:
             raise ValueError("no query has another image of its instance in the gallery: nothing to measure")
-        rank1, precision = torch.tensor([[float(v) for v in pair] for pair in scores.values()]).mean(0)
+        rank1, precision = torch.stack([torch.stack(pair) for pair in scores.values()]).mean(0)
         return {**scores, "mean": (rank1, precision)}
 
     def _over_ranks(self, values: Tensor) -> Tensor:

@@ -141,14 +141,15 @@ class Classifier(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Accuracy of each domain that has images, and their plain mean (domains count alike, as is the custom)."""
+        counts = self.test_confusion.compute()
         #: (domains, classes, classes), rows are true classes; kept for the report.
-        self.confusion = self.test_confusion.compute().cpu()
+        self.confusion = counts.cpu()
         values = []
-        for name, confusion in zip(self.domain_names, self.confusion, strict=True):
+        for name, confusion in zip(self.domain_names, counts, strict=True):
             if confusion.sum() > 0:
                 values.append(confusion.diagonal().sum() / confusion.sum())
-                self.log(f"test/acc_{name}", values[-1], rank_zero_only=True)
-        self.log("test/acc", torch.stack(values).mean(), rank_zero_only=True)
+                self.log(f"test/acc_{name}", values[-1], sync_dist=True)
+        self.log("test/acc", torch.stack(values).mean(), sync_dist=True)
         self.test_confusion.reset()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
