@@ -95,10 +95,16 @@ class StopOnNonFinite(Callback):
             self._stop(trainer, suspect.loss, suspect.batch, suspect.place)
 
     def _stop(self, trainer: Trainer, loss: Tensor, batch: Any, place: tuple[int, int, int]) -> None:
+        if trainer.world_size > 1:
+            said: list[str | None] = [None] * trainer.world_size
+            own = None if bool(torch.isfinite(loss).all()) else self._describe(trainer, loss, batch, place)
+            dist.all_gather_object(said, own)  # all ranks are here: they decided together
+            raise NonFiniteLoss("; ".join(f"rank {rank}: {what}" for rank, what in enumerate(said) if what))
+        raise NonFiniteLoss(self._describe(trainer, loss, batch, place))
+
+    def _describe(self, trainer: Trainer, loss: Tensor, batch: Any, place: tuple[int, int, int]) -> str:
         step, epoch, batch_idx = place
         value = loss.float().mean().item()
-        if trainer.world_size > 1 and torch.isfinite(loss).all():
-            raise NonFiniteLoss(f"the loss of another rank is not finite at step {step} (epoch {epoch})")
         what = f"the loss is {value} at step {step} (epoch {epoch}, batch {batch_idx}"
         index = batch.get("index") if isinstance(batch, dict) else None
         if isinstance(index, Tensor) and index.numel() > 0:
@@ -106,14 +112,13 @@ class StopOnNonFinite(Callback):
             more = ", ..." if len(chosen) > 8 else ""
             what += f", examples {', '.join(map(str, chosen[:8]))}{more}"
         what += ")"
-        if self.save_batch and not trainer.fast_dev_run:
+        if self.save_batch and not getattr(trainer, "fast_dev_run", False):
             file = Path(trainer.default_root_dir) / f"nonfinite-step{step}-rank{trainer.global_rank}.pt"
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(
-                {"batch": _to_cpu(batch), "loss": loss.cpu(), "step": step, "epoch": epoch, "batch_idx": batch_idx}, file
-            )
+            place_of = {"step": step, "epoch": epoch, "batch_idx": batch_idx}
+            torch.save({"batch": _to_cpu(batch), "loss": loss.cpu(), **place_of}, file)
             what += f"; the batch is in {file}"
-        raise NonFiniteLoss(what)
+        return what
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check(trainer)

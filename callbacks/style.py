@@ -21,283 +21,43 @@ What we do differently from the released codes, and why:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from callbacks.layers import backbone_of, find_layers, layer_shapes, layers_there, stages, stem
 from callbacks.perturbation import PREFIX, Batch, Perturbation, batch_size, crafting
+from callbacks.statistics import (
+    EPS,
+    Shift,
+    Unused,
+    adversarial_style,
+    batch_spread,
+    dsu,
+    efdmix,
+    feature_statistics,
+    gradient_reversal,
+    mixstyle,
+    spread_over_ranks,
+)
 
-EPS = 1e-6
-
-# ---------------------------------------------------------------------- pure functions
-
-
-def feature_statistics(x: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each example's channels.
-
-    Args:
-        x: (B, C, H, W) feature map, or (B, N, C) tokens.
-        eps: added to the (unbiased) variance under the root.
-
-    Returns:
-        ``mean`` and ``std``, (B, C) each, at least float32.
-
-    Raises:
-        ValueError: for another number of dimensions, or fewer than two positions.
-    """
-    dims = _positions(x)
-    if x.shape.numel() // (x.shape[0] * x.shape[dims[0] - 1 if x.dim() == 4 else 2]) < 2:
-        raise ValueError(f"a feature map of shape {tuple(x.shape)} has one position per channel, so no spread")
-    variance, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dims)
-    return mean, (variance + eps).sqrt()
-
-
-def batch_spread(statistic: Tensor, eps: float = EPS) -> Tensor:
-    """How far a statistic (B, C) spreads over the batch: (C,), unbiased, with ``eps`` under the root (DSU, eq. 3-4)."""
-    return (statistic.var(0) + eps).sqrt()
-
-
-def gradient_reversal(x: Tensor, weight: float | Tensor = 1.0) -> Tensor:
-    """``x`` forward; the gradient is multiplied by ``-weight`` backward."""
-    return (1 + weight) * x.detach() - weight * x
-
-
-def mixstyle(x: Tensor, permutation: Tensor, lam: Tensor, eps: float = EPS) -> Tensor:
-    """MixStyle: ``x`` in the style ``lam * own + (1 - lam) * other``; no gradient through statistics, as published.
-
-    Args:
-        x: (B, C, H, W) or (B, N, C).
-        permutation: (B,) int64, the example whose style is mixed in.
-        lam: (B,) in [0, 1], weight of the own style; published Beta(0.1, 0.1).
-    """
-    with torch.no_grad():
-        mean, std = feature_statistics(x, eps)
-        other = (1 - lam).unsqueeze(1).to(std.dtype)
-        # (x - mean) / std * mixed_std + mixed_mean, as one affine map; at lam = 1 exactly x
-        ratio = other * (std[permutation] - std) / std
-        offset = other * (mean[permutation] - mean) - mean * ratio
-    return torch.addcmul(_over(offset, x), x.to(ratio.dtype), _over(1 + ratio, x)).to(x.dtype)
-
-
-def efdmix(x: Tensor, permutation: Tensor, lam: Tensor) -> Tensor:
-    """EFDMix: the sorted values of each channel are mixed with those of another example, rank by rank.
-
-    ``y = x + (1 - lam) * (other's value of the same rank - stopgrad(x))``, as published.
-
-    Args:
-        x: (B, C, H, W) or (B, N, C).
-        permutation: (B,) int64.
-        lam: (B,) in [0, 1], weight of the own values.
-    """
-    flat = (x.flatten(2) if x.dim() == 4 else x.transpose(1, 2)).to(torch.promote_types(x.dtype, torch.float32))
-    ordered, order = flat.sort(dim=-1)
-    matched = ordered[permutation].gather(-1, order.argsort(-1))
-    other = (1 - lam).view(-1, 1, 1).to(flat.dtype)
-    mixed = flat + other * (matched - flat.detach())
-    return (mixed.view_as(x) if x.dim() == 4 else mixed.transpose(1, 2)).to(x.dtype)
-
-
-def dsu(x: Tensor, noise_mean: Tensor, noise_std: Tensor, strength: float = 1.0, eps: float = EPS) -> Tensor:
-    """DSU: style + noise times the batch's spread of that style; gradient flows through all of it, as published.
-
-    Args:
-        x: (B, C, H, W) or (B, N, C), B > 1.
-        noise_mean: (B, C) standard normal.
-        noise_std: (B, C) standard normal.
-        strength: multiplies the noise; 0 is the identity.
-    """
-    channels = noise_mean.shape[1]
-    theta = noise_mean.new_zeros(2, channels, dtype=torch.promote_types(x.dtype, torch.float32))
-    weight = torch.tensor([[0.0], [strength]], device=x.device).expand(2, x.shape[0])
-    return _Shift.apply(x, theta, torch.stack((noise_mean, noise_std)), weight, True, eps)
-
-
-def adversarial_style(
-    x: Tensor,
-    theta_mean: Tensor,
-    theta_std: Tensor,
-    noise_mean: Tensor,
-    noise_std: Tensor,
-    adv_weight: float = 1.0,
-    eps: float = EPS,
-) -> Tensor:
-    """AdvStyle: ``y = x_hat * (std + e_std R(theta_std)) + (mean + e_mean R(theta_mean))``, R the gradient reversal.
-
-    Args:
-        x: (B, C, H, W) or (B, N, C).
-        theta_mean: (C,) learned intensity of the mean.
-        theta_std: (C,) learned intensity of the standard deviation.
-        noise_mean: (B, C) standard normal.
-        noise_std: (B, C) standard normal.
-        adv_weight: lam of the reversal: theta ascends the loss with this weight.
-    """
-    theta = gradient_reversal(torch.stack((theta_mean, theta_std)), adv_weight)
-    weight = torch.tensor([[1.0], [0.0]], device=x.device).expand(2, x.shape[0])
-    return _Shift.apply(x, theta, torch.stack((noise_mean, noise_std)), weight, False, eps)
-
-
-def _positions(x: Tensor) -> tuple[int, ...]:
-    if x.dim() == 4:
-        return (2, 3)
-    if x.dim() == 3:
-        return (1,)
-    raise ValueError(f"style needs a feature map (B, C, H, W) or tokens (B, N, C), not a tensor of {tuple(x.shape)}")
-
-
-def _over(statistic: Tensor, x: Tensor) -> Tensor:
-    """A (B, C) statistic in the shape that broadcasts over the positions of ``x``."""
-    return statistic[:, :, None, None] if x.dim() == 4 else statistic[:, None, :]
-
-
-def _sums(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over positions of ``gradient`` and of ``gradient * x``: (B, C) each."""
-    dims = _positions(x)
-    return gradient.sum(dims), (gradient * x).sum(dims)
-
-
-class _Shift(torch.autograd.Function):
-    """``y = x * (1 + d_std / std) + (d_mean - mean * d_std / std)`` with
-    ``d = noise * (weight[0] * theta + weight[1] * batch_spread)``; its gradient in closed form.
-
-    What autograd would do in six passes over the feature map takes two here. Twice differentiable: asked for a graph,
-    the backward pass recomputes the statistics with one.
-    """
-
-    @staticmethod
-    def forward(ctx, x, theta, noise, weight, spread, eps):  # type: ignore[no-untyped-def]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, std = feature_statistics(wide, eps)
-        ratio, d_mean, _, _ = _shift(mean, std, theta, noise, weight, spread, eps)
-        ctx.save_for_backward(x, theta, noise, weight, mean, std)
-        ctx.spread, ctx.eps = spread, eps
-        return torch.addcmul(_over(d_mean - mean * ratio, x), wide, _over(1 + ratio, x)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        x, theta, noise, weight, mean, std = ctx.saved_tensors
-        wide, g = x.to(mean.dtype), gradient.to(mean.dtype)
-        if torch.is_grad_enabled():
-            mean, std = feature_statistics(wide, ctx.eps)
-        ratio, _, spread_mean, spread_std = _shift(mean, std, theta, noise, weight, ctx.spread, ctx.eps)
-        g_sum, gx_sum = _sums(g, wide)
-        centred = gx_sum - mean * g_sum
-        g_d = torch.stack((g_sum, centred / std))  # gradient of d_mean and d_std, (2, B, C)
-        g_mean = -ratio * g_sum
-        g_std = -ratio * centred / std
-        if ctx.spread:  # through the spread of the batch, back to every example's statistics
-            g_spread = (g_d * noise * weight[1][:, None]).sum(1) / (len(x) - 1)
-            g_mean = g_mean + g_spread[0] * (mean - mean.mean(0)) / spread_mean
-            g_std = g_std + g_spread[1] * (std - std.mean(0)) / spread_std
-        g_theta = (g_d * noise * weight[0][:, None]).sum(1) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, g_theta, None, None, None, None
-        count = wide.numel() // mean.numel()
-        slope = g_std / (std * (count - 1))
-        g_x = torch.addcmul(_over(g_mean / count - slope * mean, x), wide, _over(slope, x))
-        g_x = torch.addcmul(g_x, g, _over(1 + ratio, x)) if g_x.requires_grad else g_x.addcmul_(g, _over(1 + ratio, x))
-        return g_x.to(x.dtype), g_theta, None, None, None, None
-
-
-def _shift(
-    mean: Tensor, std: Tensor, theta: Tensor, noise: Tensor, weight: Tensor, spread: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``d_std / std``, ``d_mean`` (B, C) and the batch's two spreads (C,)."""
-    width = weight[0][:, None] * theta[:, None]
-    spread_mean = spread_std = theta[0]
-    if spread:
-        spread_mean, spread_std = batch_spread(mean, eps), batch_spread(std, eps)
-        width = width + weight[1][:, None] * torch.stack((spread_mean, spread_std))[:, None]
-    d_mean, d_std = noise * width
-    return d_std / std, d_mean, spread_mean, spread_std
-
-
-class _Unused(torch.autograd.Function):
-    """``x``, with a zero gradient for ``theta``, so that no parameter is unused under DDP; costs nothing."""
-
-    @staticmethod
-    def forward(ctx, x, theta):  # type: ignore[no-untyped-def]
-        ctx.like = (theta.shape, theta.dtype, theta.device)
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        shape, dtype, device = ctx.like
-        return gradient, torch.zeros(shape, dtype=dtype, device=device)
-
-
-# ---------------------------------------------------------------------- where styles are
-
-
-def backbone_of(module: nn.Module) -> nn.Module:
-    """The network whose layers techniques name: ``module.backbone``, else the first child that timm made, else itself."""
-    for child in (getattr(module, "backbone", None), *module.children()):
-        if child is not None and (child is getattr(module, "backbone", None) or hasattr(child, "feature_info")):
-            return getattr(child, "_orig_mod", child)  # below torch.compile's wrapper
-    return module
-
-
-def default_layers(backbone: nn.Module) -> list[str]:
-    """Names of the layers after which styles are moved, shallow to deep.
-
-    ResNets: after ``conv1`` and ``maxpool`` and the four stages, the six points of the AdvStyle paper ("lc01234");
-    other networks: the stages that timm names in ``feature_info``, of a ViT every third block.
-    """
-    names = dict(backbone.named_modules())
-    info = getattr(backbone, "feature_info", None) or []
-    stages = [entry["module"] for entry in info if isinstance(entry, dict) and entry.get("module") in names]
-    if {"conv1", "maxpool", "layer1"} <= names.keys():
-        return ["conv1", "maxpool", *(s for s in stages if s.startswith("layer"))]
-    if len(stages) > 6:
-        stages = stages[2::3]
-    if not stages:
-        raise ValueError(f"no stages found in {type(backbone).__name__}; name the layers. {_layers_there(backbone)}")
-    return stages
-
-
-def _layers_there(backbone: nn.Module) -> str:
-    return "Layers: " + ", ".join(n for n, _ in backbone.named_modules() if n and n.count(".") < 2)
-
-
-def _find(module: LightningModule, layers: Sequence[str]) -> dict[str, nn.Module]:
-    backbone = backbone_of(module)
-    names = dict(backbone.named_modules())
-    for name in layers:
-        if name not in names or not name:
-            raise ValueError(f"no layer '{name}' in the backbone {type(backbone).__name__}. {_layers_there(backbone)}")
-    return {name: names[name] for name in layers}
-
-
-def _shapes(module: LightningModule, layers: dict[str, nn.Module]) -> dict[str, torch.Size]:
-    """What the layers give for the module's example input."""
-    example = module.example_input_array
-    if not isinstance(example, Tensor):
-        raise ValueError(f"{type(module).__name__} needs example_input_array (a tensor), to learn its layers' shapes")
-    shapes: dict[str, torch.Size] = {}
-
-    def note(name: str):  # type: ignore[no-untyped-def]
-        def hook(layer: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or output.dim() not in (3, 4):
-                raise ValueError(f"layer '{name}' gives no feature map and no tokens, so it has no style")
-            shapes[name] = output.shape
-
-        return hook
-
-    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
-    try:
-        with crafting(module, "eval"), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            module(example.to(module.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in layers:
-        if name not in shapes:
-            raise ValueError(f"layer '{name}' is never called in the forward pass of {type(module).__name__}")
-    return shapes
-
+__all__ = [
+    "DSU",
+    "AdvStyle",
+    "EFDMix",
+    "MixStyle",
+    "adversarial_style",
+    "batch_spread",
+    "dsu",
+    "efdmix",
+    "feature_statistics",
+    "gradient_reversal",
+    "mixstyle",
+]
 
 # ---------------------------------------------------------------------- modules
 
@@ -364,17 +124,17 @@ class ShiftLayer(StyleLayer):
         self.adv_weight, self.direction = adv_weight, direction
         self.theta = nn.Parameter(torch.full((2, self.channels), 0.1)) if learned else None
         if learned:
-            #: Whether theta was set from the first batch; in the checkpoint, so that a resumed run keeps what it learned.
+            #: Whether theta was set from the first batch; in the checkpoint, so a resumed run keeps what it learned.
             self.register_buffer("initialised", torch.tensor(False))
         self.noise = self.weight = torch.empty(0)
         self.branches: frozenset[str] = frozenset()
 
     def restyle(self, x: Tensor) -> Tensor:
         if len(x) < 2:
-            return x if self.theta is None else _Unused.apply(x, self.theta)
+            return x if self.theta is None else Unused.apply(x, self.theta)
         branches = frozenset(("adv", "dsu")) if torch.compiler.is_compiling() else self.branches
         if not branches:
-            return x if self.theta is None else _Unused.apply(x, self.theta)
+            return x if self.theta is None else Unused.apply(x, self.theta)
         noise, weight = self.rows(self.noise, x, 1), self.rows(self.weight, x, 1)
         if self.theta is None:
             theta = noise.new_zeros(2, self.channels)
@@ -383,7 +143,7 @@ class ShiftLayer(StyleLayer):
             theta = gradient_reversal(unit, self.adv_weight) * self._spread_norm(x)
         else:
             theta = gradient_reversal(self.theta, self.adv_weight)
-        return _Shift.apply(x, theta, noise, weight, "dsu" in branches, EPS)
+        return Shift.apply(x, theta, noise, weight, "dsu" in branches, EPS)
 
     @staticmethod
     def _spread_norm(x: Tensor) -> Tensor:
@@ -406,7 +166,6 @@ class _Style(Perturbation):
 
     site: ClassVar[str] = "features"
     zero: ClassVar = {"strength": 0.0}
-    first: ClassVar[int | None] = None  # how many of the default layers; None: all
 
     def __init__(
         self, layers: Sequence[str] | None = None, per_sample: bool = False, strength: float = 1.0, **schedule: Any
@@ -422,13 +181,13 @@ class _Style(Perturbation):
     def attach(self, module: LightningModule) -> None:
         self.detach(module)
         backbone = backbone_of(module)
-        found = default_layers(backbone)[: self.first] if self.layers is None else self.layers
-        layers = _find(module, found)
+        found = self.default_layers(backbone) if self.layers is None else self.layers
+        layers = find_layers(module, found)
         prefix = int(getattr(backbone, "num_prefix_tokens", 0) or 0)
         last = getattr(backbone, "output_fmt", "") == "NHWC"
         own = self.own(module)
         hung: dict[str, StyleLayer] = {}
-        for name, shape in _shapes(module, layers).items():
+        for name, shape in layer_shapes(module, layers).items():
             tokens = len(shape) == 3
             channels = shape[-1] if tokens or last else shape[1]
             if shape.numel() // (shape[0] * channels) - (prefix if tokens else 0) < 2:
@@ -438,16 +197,24 @@ class _Style(Perturbation):
             hung[name.replace(".", "_")] = self.layer(channels, prefix if tokens else 0, last and not tokens)
             layers[name.replace(".", "_")] = layers[name]
         if not hung:
-            raise ValueError(f"no layer of the backbone has a feature map larger than 1x1. {_layers_there(backbone)}")
-        if self.name not in own or own[self.name].keys() != hung.keys():
+            raise ValueError(f"no layer of the backbone has a feature map larger than 1x1. {layers_there(backbone)}")
+        if self.name not in own or self.hung(module).keys() != hung.keys():
             own[self.name] = nn.ModuleDict(hung)
             own[self.name].train(module.training)
-        for name, layer in own[self.name].items():
+        for name, layer in self.hung(module).items():
             self._hooks.append(layers[name].register_forward_hook(layer.hook))
 
     def detach(self, module: LightningModule) -> None:
         while self._hooks:
             self._hooks.pop().remove()
+
+    def default_layers(self, backbone: nn.Module) -> list[str]:
+        """Where styles are moved unless ``layers`` says it."""
+        return [*stem(backbone), *stages(backbone)]
+
+    def hung(self, module: LightningModule) -> Mapping[str, Any]:
+        """This technique's modules, by layer."""
+        return cast(Mapping[str, Any], getattr(module, PREFIX)[self.name])
 
     def layer(self, *shape: Any) -> StyleLayer:
         """The module for one layer, from (channels, prefix tokens, channels last)."""
@@ -455,7 +222,7 @@ class _Style(Perturbation):
 
     def perturb(self, module: LightningModule, batch: Batch) -> None:
         size = batch_size(batch)
-        layers = list(getattr(module, PREFIX)[self.name].values())
+        layers = list(self.hung(module).values())
         # a number in [0, 1) for each layer and example decides its branch
         chosen = self.generator("branch", shared=not self.per_sample)
         u = torch.rand(len(layers), size if self.per_sample else 1, generator=chosen).expand(-1, size)
@@ -468,7 +235,7 @@ class _Style(Perturbation):
         raise NotImplementedError
 
     def restore(self, module: LightningModule) -> None:
-        for layer in getattr(module, PREFIX)[self.name].values():
+        for layer in self.hung(module).values():
             layer.armed = False
 
     def normal(self, *shape: int, device: torch.device) -> Tensor:
@@ -477,14 +244,16 @@ class _Style(Perturbation):
 
 
 class MixStyle(_Style):
-    """MixStyle (arXiv 2104.02008) at the first two of the default layers that are stages, unless ``layers`` says others.
+    """MixStyle (arXiv 2104.02008), after the first two stages unless ``layers`` says otherwise (as published).
 
     Args:
         p: chance that a layer mixes in a step.
         alpha: of Beta(alpha, alpha), from which each example's ``lam`` is drawn.
     """
 
-    mix = staticmethod(mixstyle)
+    @staticmethod
+    def mix(x: Tensor, permutation: Tensor, lam: Tensor) -> Tensor:
+        return mixstyle(x, permutation, lam)
 
     def __init__(
         self,
@@ -502,6 +271,9 @@ class MixStyle(_Style):
             raise ValueError(f"alpha must be positive, not {alpha}")
         self.p, self.alpha = p, alpha
 
+    def default_layers(self, backbone: nn.Module) -> list[str]:
+        return stages(backbone)[:2]  # deeper, mixing takes away what tells the classes apart (the paper's ablation)
+
     def layer(self, *shape: Any) -> StyleLayer:
         return MixLayer(self.mix, *shape)
 
@@ -518,7 +290,9 @@ class MixStyle(_Style):
 class EFDMix(MixStyle):
     """Exact feature distribution mixing (arXiv 2203.07740), where MixStyle would mix; the same settings."""
 
-    mix = staticmethod(efdmix)
+    @staticmethod
+    def mix(x: Tensor, permutation: Tensor, lam: Tensor) -> Tensor:
+        return efdmix(x, permutation, lam)
 
 
 class DSU(_Style):
@@ -587,7 +361,7 @@ class AdvStyle(DSU):
     ) -> None:
         super().__init__(layers, p_dsu, per_sample, strength, **schedule)
         if min(p_identity, p_dsu) < 0 or p_identity + p_dsu > 1 + 1e-9:
-            raise ValueError(f"p_identity and p_dsu must be chances that add to at most 1, not {p_identity} and {p_dsu}")
+            raise ValueError(f"p_identity and p_dsu must be chances, together at most 1, not {p_identity} and {p_dsu}")
         if variant not in ("full", "direction"):
             raise ValueError(f"variant must be full or direction, not '{variant}'")
         self.adv_weight, self.variant = adv_weight, variant
@@ -598,7 +372,7 @@ class AdvStyle(DSU):
         return ShiftLayer(True, self.adv_weight, self.variant == "direction", *shape)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        layers = getattr(pl_module, PREFIX)[self.name].values()
+        layers = self.hung(pl_module).values()
         self._initialised = all(bool(layer.initialised) for layer in layers)  # once, not a device sync a step
         held = {id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
         if any(id(layer.theta) not in held for layer in layers):
@@ -614,7 +388,7 @@ class AdvStyle(DSU):
 
     def _initialise(self, module: LightningModule, batch: Batch) -> None:
         """Set theta to the spread of clean styles over the first batch, the batches of all ranks taken as one."""
-        layers = list(getattr(module, PREFIX)[self.name].values())
+        layers = list(self.hung(module).values())
         devices = [module.device] if module.device.type == "cuda" else []
         for layer in layers:
             layer.measured = []
@@ -622,7 +396,7 @@ class AdvStyle(DSU):
             with crafting(module, "train"), torch.no_grad(), torch.random.fork_rng(devices=devices):
                 module.loss(batch)
             for layer in layers:
-                theta = torch.stack([_spread_over_ranks(s) for s in layer.measured[-1]])
+                theta = torch.stack([spread_over_ranks(s) for s in layer.measured[-1]])
                 if not theta.isfinite().all():
                     return  # a single example: wait for a larger batch
                 with torch.no_grad():
@@ -632,14 +406,3 @@ class AdvStyle(DSU):
             for layer in layers:
                 layer.measured = None
         self._initialised = True
-
-
-def _spread_over_ranks(statistic: Tensor, eps: float = EPS) -> Tensor:
-    """:func:`batch_spread` of the examples of all ranks: (C,), the same on every rank."""
-    s = statistic.double()
-    sums = torch.cat((s.new_tensor([len(s)]), s.sum(0), s.square().sum(0)))
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    count, total, squares = sums[0], *sums[1:].chunk(2)
-    variance = (squares - total.square() / count).clamp_min(0) / (count - 1)
-    return (variance + eps).sqrt().to(statistic.dtype)

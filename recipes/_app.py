@@ -5,26 +5,28 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import inspect
 import logging
 import pkgutil
+import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from recipes import _checkpoints, _errors
 from recipes._cli import CONFIGS, fail
+from recipes._loggers import MetricsCSV, start_wandb
 from recipes._progress import Progress
-from recipes._run import MetricsCSV, Run, SharedFolder, git_commit, quiet, report, start_wandb
+from recipes._run import Run, SharedFolder, git_commit, quiet, rank, report, started_by_us
 from recipes._stop import Interrupted, LastCheckpoint, Signals, SignalsInForce
 
 log = logging.getLogger(__name__)
@@ -95,7 +97,9 @@ def _ckpt_path(argv: list[str]) -> tuple[str | None, str | None]:
                 content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
             except yaml.YAMLError as error:
                 raise ValueError(f"{value} is not YAML: {' '.join(str(error).split())}") from error
-            if isinstance(content, dict):
+            if not isinstance(content, dict):
+                raise ValueError(f"{value} holds no settings")
+            if content:
                 found |= {k: content[k] for k in ("ckpt_path",) if content.get(k)}
                 trainer = content.get("trainer")
                 if isinstance(trainer, dict) and trainer.get("default_root_dir"):
@@ -116,19 +120,26 @@ class RecipeCLI(LightningCLI):
         verb: fit, validate, test or predict.
         argv: the arguments after the verb.
         signals: handlers of SIGINT and SIGTERM.
-        debug: let the parser raise instead of saying one line.
+        debug: show the parser's tracebacks, too.
     """
 
     run_folder: Run | None = None
 
     def __init__(
-        self, model: type[LightningModule], dotted: str, name: str, verb: str, argv: list[str], signals: Signals, debug: bool
+        self,
+        model: type[LightningModule],
+        dotted: str,
+        name: str,
+        verb: str,
+        argv: list[str],
+        signals: Signals,
+        debug: bool,
     ) -> None:
         self._recipe, self._dotted, self._verb, self._signals = name, dotted, verb, signals
         self._saved: _checkpoints.Saved | None = None
         wanted, root = _ckpt_path(argv)
         if wanted:
-            file = _checkpoints.find(wanted, Path(root or TRAINER["default_root_dir"]), name)
+            file = _checkpoints.find(wanted, Path(root or str(TRAINER["default_root_dir"])), name)
             self._saved = _checkpoints.read(file, model, dotted, verb) if file else None
         parser = type("RecipeParser", (_errors.Parser,), {"debug": debug})
         default = CONFIGS / name / "default.yaml"
@@ -167,7 +178,8 @@ class RecipeCLI(LightningCLI):
             kept["model"] = {k: v for k, v in kept["model"].items() if k not in LINKED}
         if isinstance(kept.get("trainer"), dict):
             # Runs stay where this call looks for them, and a checkpoint doesn't say that this call is a dry run.
-            kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k not in ("default_root_dir", "fast_dev_run")}
+            not_kept = ("default_root_dir", "fast_dev_run")
+            kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k not in not_kept}
         return kept
 
     # ------------------------------------------------------------------ settings
@@ -194,13 +206,13 @@ class RecipeCLI(LightningCLI):
         parser.add_argument(
             "--last_every_n_steps", type=int, default=0, help="save last.ckpt within epochs, too, every so many steps"
         )
+        skipped = {"dirpath", "save_last", "enable_version_counter"}
         parser.add_class_arguments(
-            ModelCheckpoint, "checkpoint", skip={"dirpath", "save_last"}, fail_untyped=False, instantiate=False
+            ModelCheckpoint, "checkpoint", skip=skipped, fail_untyped=False, instantiate=False
         )
         monitor, mode = getattr(self._model_class, "monitor", (None, "min"))
-        parser.set_defaults(
-            {"checkpoint.monitor": monitor, "checkpoint.mode": mode, "checkpoint.filename": "best", "checkpoint.auto_insert_metric_name": False}
-        )
+        ours = {"monitor": monitor, "mode": mode, "filename": "best", "auto_insert_metric_name": False}
+        parser.set_defaults({f"checkpoint.{key}": value for key, value in ours.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -228,7 +240,7 @@ class RecipeCLI(LightningCLI):
         run = Run.begin(self._recipe, self._verb, Path(config["default_root_dir"]), temporary=dry, resume=resume)
         self.run_folder = run
         config["default_root_dir"] = str(run.folder)
-        if rank_zero_only.rank == 0 and not dry:
+        if rank() == 0 and not dry:
             commit = git_commit()
             head = f"# {self._recipe} {self._verb}, lightning {pl.__version__}, torch {torch.__version__}"
             text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
@@ -240,8 +252,6 @@ class RecipeCLI(LightningCLI):
             wandb = start_wandb(run, settings.get("wandb") or "off", settings)
             config["logger"] = [run.metrics] + ([wandb] if wandb is not None else [])
         config["callbacks"] = self._callbacks(config, run, settings, dry)
-        if dry:
-            config["enable_checkpointing"] = False
         return Trainer(**config)
 
     def _callbacks(self, config: dict[str, Any], run: Run, settings: dict[str, Any], dry: bool) -> list[Callback]:
@@ -260,13 +270,16 @@ class RecipeCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             result.append(Progress(monitor, terminal=sys.stdout.isatty()))
         if config["enable_checkpointing"] is False or dry or self._verb != "fit":
-            config["enable_checkpointing"] = config["enable_checkpointing"] is not False and self._verb == "fit" and not dry
+            config["enable_checkpointing"] = False
             return result
         own = dict(self._get(self.config_init, "checkpoint"))
         if own["monitor"] is not None:
+            # One best.ckpt, also where a run that was killed after it was written is resumed from an older last.ckpt.
+            own["enable_version_counter"] = own["save_top_k"] not in (0, 1)
             result.append(ModelCheckpoint(dirpath=run.checkpoints, save_last=False, **own))
         stamp = {"name": self._recipe, "model": self._dotted, "config": settings}
-        result.append(LastCheckpoint(run.checkpoints, stamp, self._signals, self.config_init[self._verb]["last_every_n_steps"]))
+        every = self.config_init[self._verb]["last_every_n_steps"]
+        result.append(LastCheckpoint(run.checkpoints, stamp, self._signals, every))
         return result
 
     # ------------------------------------------------------------------ verbs
@@ -285,7 +298,7 @@ class RecipeCLI(LightningCLI):
         if best is not None and best.monitor and best.best_model_score is not None:
             run.results[f"best {best.monitor}"] = float(best.best_model_score)
         can_test = "test_step" in _overridden(self.model) and "test_dataloader" in _overridden(self.datamodule)
-        if self.config_init[self._verb]["test_after_fit"] and can_test and not trainer.fast_dev_run:
+        if self.config_init[self._verb]["test_after_fit"] and can_test:
             trainer.test(self.model, datamodule=self.datamodule, verbose=False, weights_only=True)
             run.results |= _numbers(trainer)
 
@@ -311,7 +324,7 @@ class RecipeCLI(LightningCLI):
             ranks = self.trainer.world_size
             file = run.folder / (f"predictions-{self.trainer.global_rank}.pt" if ranks > 1 else "predictions.pt")
             torch.save(_join(found), file)
-            log.info(f"predictions: {file}")
+            log.info(f"predictions: {run.folder / 'predictions-*.pt' if ranks > 1 else file}")
 
     def _headline(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
@@ -319,7 +332,8 @@ class RecipeCLI(LightningCLI):
         trainer = self.trainer
         ranks = f", {trainer.world_size} ranks" if trainer.world_size > 1 else ""
         where = f"{type(trainer.accelerator).__name__.removesuffix('Accelerator').lower()}{ranks}"
-        return f"{self._recipe}: {type(self.model).__name__}, {size} parameters, {type(self.datamodule).__name__}, {where}"
+        model, data = type(self.model).__name__, type(self.datamodule).__name__
+        return f"{self._recipe}: {model}, {size} parameters, {data}, {where}"
 
 
 def _overridden(thing: object) -> set[str]:
@@ -349,6 +363,7 @@ def execute(model: str, name: str, verb: str, argv: list[str], *, debug: bool = 
         The exit code.
     """
     cli = RecipeCLI.__new__(RecipeCLI)  # known here before its constructor, which does everything, has returned
+    code = 1
     with quiet(), Signals() as signals:
         try:
             import_plugs()
@@ -356,23 +371,25 @@ def execute(model: str, name: str, verb: str, argv: list[str], *, debug: bool = 
             cli.__init__(getattr(importlib.import_module(module), cls), model, name, verb, argv, signals, debug)  # type: ignore[misc]
             assert cli.run_folder is not None
             report(cli.run_folder)
-            return 0
+            code = 0
         except SystemExit as end:  # of the parser: help, or bad input that is said already
-            return end.code if isinstance(end.code, int) else int(end.code is not None)
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except Interrupted as stop:
-            return _interrupted(cli, stop, name)
+            code = _interrupted(cli, stop, name)
         except Exception as error:
             if debug:
-                raise
-            return _failed(cli, error)
+                traceback.print_exception(error)
+            code = _failed(cli, error)
         finally:
-            _end(cli)
+            _end(cli, code)
+    return code
 
 
 def _interrupted(cli: RecipeCLI, stop: Interrupted, name: str) -> int:
     trainer = getattr(cli, "trainer", None)
-    if rank_zero_only.rank != 0:
-        return 0 if "LIGHTNING" in str(type(trainer.strategy.launcher)).upper() and trainer is not None else stop.code
+    if rank() != 0:
+        # Lightning kills the first rank when one that it started ends with another code than 0.
+        return 0 if started_by_us() else stop.code
     if stop.saved is not None and trainer is not None:
         log.info(f"stopped by {stop} at step {trainer.global_step}; saved {stop.saved}")
         log.info(f"go on with: python -m recipes.{name} fit --ckpt_path last")
@@ -383,24 +400,37 @@ def _interrupted(cli: RecipeCLI, stop: Interrupted, name: str) -> int:
 
 def _failed(cli: RecipeCLI, error: Exception) -> int:
     run = cli.run_folder
-    log.error("%s", type(error).__name__, exc_info=error, extra={"console": False})
     message, hints = _errors.describe(error)
-    rank = f" (rank {rank_zero_only.rank})" if rank_zero_only.rank else ""
+    log.error("%s: %s", type(error).__name__, message, exc_info=error, extra={"console": False})
+    if started_by_us() and run is not None and _said_by_first_rank(run, message):
+        return 2 if _errors.is_bad_input(error) else 1
+    who = f" (rank {rank()})" if rank() else ""
     logged = run is not None and not run.temporary and run.folder.is_dir()
     where = f"the traceback is in {run.folder / 'run.log'}" if run and logged else "--debug shows the traceback"
     if _errors.is_bad_input(error):
-        return fail(message + rank, *hints, *([] if hints or _errors.raised_here(error) else [where]))
-    fail(f"{type(error).__name__}: {message}{rank}", *hints, where)
+        return fail(message + who, *hints, *([] if hints or _errors.raised_here(error) else [where]))
+    fail(f"{type(error).__name__}: {message}{who}", *hints, where)
     return 1
 
 
-def _end(cli: RecipeCLI) -> None:
+def _said_by_first_rank(run: Run, message: str, seconds: float = 2.0) -> bool:
+    """Whether the first rank fails for the same reason, as it does where all ranks read the same bad input."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        file = run.folder / "run.log"
+        if file.is_file() and message in file.read_text(encoding="utf-8"):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _end(cli: RecipeCLI, code: int) -> None:
     """Leave nothing running: the ranks that Lightning started, W&B, the log file."""
     launcher = getattr(getattr(getattr(cli, "trainer", None), "strategy", None), "launcher", None)
     for process in getattr(launcher, "procs", []):
         try:
-            process.wait(10)
-        except Exception:
+            process.wait(30 if code == 0 else 3)  # after an error it may be stuck, waiting for this rank
+        except subprocess.TimeoutExpired:
             process.kill()
     if cli.run_folder is not None:
         cli.run_folder.end()

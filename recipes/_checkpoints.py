@@ -48,7 +48,8 @@ def _best_of(run: Path) -> Path | None:
     last = run / "checkpoints" / "last.ckpt"
     if len(kept) > 1 and last.is_file():
         states = torch.load(last, weights_only=True, map_location="cpu").get("callbacks", {})
-        names = {Path(s["best_model_path"]).name for s in states.values() if isinstance(s, dict) and "best_model_path" in s}
+        paths = [s["best_model_path"] for s in states.values() if isinstance(s, dict) and "best_model_path" in s]
+        names = {Path(path).name for path in paths}
         kept = [f for f in kept if f.name in names] or kept
     return _newest(kept)
 
@@ -116,7 +117,7 @@ def read(file: Path, model: type, dotted: str, verb: str) -> Saved:
                 f"python -m {module} {verb} --ckpt_path {file}",
             )
         return Saved(file, dict(stamp["config"]))
-    taken = inspect.signature(model.__init__).parameters
+    taken = inspect.signature(model).parameters
     values = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if not k.startswith("_")}
     alien = sorted(set(values) - set(taken))
     if alien and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):

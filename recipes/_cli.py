@@ -57,15 +57,19 @@ def split_verb(argv: list[str]) -> tuple[str | None, list[str], str | None]:
     Returns:
         The verb, all other arguments in their order, and, where there is no verb, the word that stands in its place.
     """
-    i = 0
-    while i < len(argv):
-        word = argv[i]
+    value_of_an_option = False
+    verbs: list[tuple[bool, int]] = []  # whether it could be an option's value, and its place
+    wrong: str | None = None
+    for i, word in enumerate(argv):
         if word in VERBS:
-            return word, argv[:i] + argv[i + 1 :], None
-        if not word.startswith("-"):
-            return None, argv, word
-        i += 1 if word in _BARE or "=" in word or (i + 1 < len(argv) and argv[i + 1].startswith("-")) else 2
-    return None, argv, None
+            verbs.append((value_of_an_option, i))
+        elif wrong is None and not verbs and not word.startswith("-") and not value_of_an_option:
+            wrong = word
+        value_of_an_option = word.startswith("-") and word not in _BARE and "=" not in word
+    if not verbs:
+        return None, argv, wrong
+    _, i = min(verbs)  # the first that can't be a value, else the first
+    return argv[i], argv[:i] + argv[i + 1 :], None
 
 
 def shadowed() -> tuple[str, str] | None:

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,6 +36,7 @@ BAD_INPUT = (
 
 def subclasses(cls: type) -> Iterator[type]:
     """All classes below one, at any depth."""
+    sub: type
     for sub in cls.__subclasses__():
         yield sub
         yield from subclasses(sub)
@@ -43,7 +45,8 @@ def subclasses(cls: type) -> Iterator[type]:
 def one_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     text = str(error.args[0]) if isinstance(error, KeyError) and len(error.args) == 1 else str(error)
-    if text.startswith("Caught ") and "Original Traceback" in text:  # from a loader's worker: its last line is the error
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        # From a loader's worker: its last line is the error.
         text = text.strip().splitlines()[-1]
         text = re.sub(r"^[\w.]+(?:Error|Exception|Loss): ", "", text)
     if isinstance(error, KeyError) and re.fullmatch(r"[\w./-]*", text):
@@ -74,7 +77,8 @@ def describe(error: BaseException) -> tuple[str, list[str]]:
         if name in extra:
             hints.append(f'pip install "perturbation-recipes[{extra[name]}]"')
     if isinstance(error, OmegaConfBaseException):
-        hints.append("interpolations are relative here: ${..data.init_args.batch_size}, not ${data.init_args.batch_size}")
+        right, wrong = "${..data.init_args.batch_size}", "${data.init_args.batch_size}"
+        hints.append(f"interpolations are relative here: {right}, not {wrong}")
     if getattr(error, "hint", ""):
         hints.append(str(error.hint))  # type: ignore[attr-defined]
     return message, hints
@@ -112,54 +116,73 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:  # jsonargparse tries things with this off
             super().error(message, ex)
         if self.debug and ex is not None:
-            raise ex
+            traceback.print_exception(ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         text = condense(message)
         hints = list(dict.fromkeys(hints_for(message, parser)))
+        if re.search(r": (?:Callback|LightningDataModule) has no setting", text):
+            hints = ["name the class before its settings"]
         if isinstance(ex, OmegaConfBaseException) or "nterpolation" in message:
             hints += describe(OmegaConfBaseException(message))[1]
         sys.stderr.write(f"error: {text}\n" + "".join(f"hint: {hint}\n" for hint in hints))
-        if not hints:
+        if not hints and not text.startswith("there is no file"):
             sys.stderr.write(f"hint: all options: {parser.prog.replace(' [options]', '')} --help\n")
         self.exit(2)
 
 
-#: Which of a union's complaints says most: the first that one of these fits, in this order.
-_TELLING = ("is not accepted", "Problem with given class_path", "import path string", "Expected a typing.Literal")
+#: How jsonargparse begins what it says of a class.
+_CLASS = r"Problem with given class_path '(?:[\w]+\.)*(\w+)': "
+_UNION = "Does not validate against any of the Union subtypes"
+#: Which of a union's complaints says most: the first that holds one of these, in this order.
+_TELLING = ("given class_path", "to a subclass", "import path string", "Expected a typing.Literal")
 
 
 def _complaint(tail: str) -> str:
-    """Of the complaints of a union's members (jsonargparse lists all) the one that fits what was meant."""
-    listed, _, given = tail.partition("Errors:")[2].partition("\n  Given value")
-    errors = [" ".join(e.split()) for e in re.split(r"^    - ", listed, flags=re.M) if e.strip()]
+    """Of the complaints of a union's members (jsonargparse lists all) the one that fits what was meant.
+
+    Args:
+        tail: what follows after the line that says that none fits: ``Errors:`` and an indented list.
+    """
+    before, _, listed = tail.partition("Errors:\n")
+    indent = before.rpartition("\n")[2]  # unions nest, each further to the right
+    listed, _, given = listed.partition(f"\n{indent}Given value")
+    errors = [_without_union(e) for e in re.split(rf"^{indent}  - ", listed, flags=re.M) if e.strip()]
+    value = "".join(re.findall(r"value: (.*)$", given, re.M)[-1:])
+    errors.sort(key=lambda e: "class_path 'lightning." in e)  # a base class, tried where no class was named
     for sign in _TELLING:
         for error in errors:
             if sign in error:
-                return error
-    kinds = [m.group(1) for e in errors if (m := re.match(r"Expected (?:an? )?(\w+)", e))]
-    value = re.findall(r"value: (.*)$", given, re.M)
+                return f"{error}: {value}" if "subclass" in error else error
+    kinds = [m.group(1) for e in errors if (m := re.match(r"Expected (?:an? )?([\w.]+)", e))]
     if not kinds:
         return errors[0] if errors else ""
     names = " or ".join("null" if kind == "NoneType" else kind for kind in dict.fromkeys(kinds))
-    return f"expected {names}" + (f", got {value[-1]}" if value else "")
+    return f"expected {names}" + (f", got {value}" if value else "")
+
+
+def _without_union(text: str) -> str:
+    head, union, tail = text.partition(_UNION)
+    return " ".join((head + _complaint(tail) if union else text).split())
 
 
 def condense(message: str) -> str:
     """jsonargparse's message in one line."""
-    text = re.sub(r"<class '([\w.]+)'>", r"\1", message.strip())
-    head, union, tail = text.partition("Does not validate against any of the Union subtypes")
-    text = " ".join((head + _complaint(tail) if union else text).split())
+    text = _without_union(re.sub(r"<class '([\w.]+)'>", r"\1", message.strip()))
     for pattern, better in (
         (r'(?:Parser|Subcommand "?\w+"?,?) key "([^"]+)":\s*', r"\1: "),
         (r"(?:- )?Expected a path but \S+ either not accessible or invalid (?:- )?", ""),
         (r"Expected an? (?:dot )?import path string: ([\w.]+)", r"there is no class '\1'"),
-        (r"Problem with given class_path '(?:[\w]+\.)*(\w+)': Option '([\w.]+)' is not accepted", r"\1 has no setting '\2'"),
-        (r"Problem with given class_path '(?:[\w]+\.)*(\w+)': ", r"\1: "),
+        (r"Import path does not correspond to a subclass of (\w+): (.*)", r"'\2' is no \1"),
+        (rf"{_CLASS}Option '([\w.]+)' is not accepted", r"\1 has no setting '\2'"),
+        (_CLASS, r"\1: "),
         (r"Subcommand '\w+' does not accept option '([\w.]+)'", r"there is no setting '\1'"),
-        (r"Expected an? (\w+)\. Got value: ", r"expected \1, got "),
+        (r"[Ee]xpected an? ([\w.]+)\. Got value: ", r"expected \1, got "),
+        (r"expected (?:collections\.abc\.Sequence|list)\b", "expected a list (such as [a, b])"),
         (r"Expected an? typing\.Literal\[(.*?)\]\. Got value: ", r"expected one of \1, got "),
         (r"unrecognized arguments?: ", "unknown: "),
         (r"^config: File does not exist: ", "there is no file "),
+        (r"^config: Path is not a file: (.*)", r"\1 is not a file"),
+        (r'^Linked "([\w.]+)" must be given via "(\w+)"\.', r"\1 can't be set: it is taken from \2"),
     ):
         text = re.sub(pattern, better, text)
     return text if len(text) < 400 else text[:397] + "..."
@@ -174,14 +197,15 @@ def hints_for(message: str, parser: LightningArgumentParser) -> Iterator[str]:
     options = [o for p in parsers for o in p._option_string_actions if o.startswith("--")]
     pool = {o.lstrip("-").split(".")[-1] for o in options}
     keys = {o.lstrip("-") for o in options}
-    for path in re.findall(r"class_path '?\"?([\w.]+)", message) + re.findall(r"subclass(?: of)? '?([\w.]+\.[\w.]+)", message):
+    for path in re.findall(r"(?:class_path '?\"?|subclass '?|subclass of '?)([\w.]+)", message):
         pool |= _signature_of(path)
     for word in re.findall(r"--([\w.+-]+)", message):
         found = near(word, keys, 0.75)
         if found and found != word:
             yield f"--{word}: did you mean --{found}?"
     found_keys = re.findall(
-        r"Key '([\w.]+)' is not expected|[Oo]ption '([\w.]+)'|No action for key \"([\w.]+)\"|key \"([\w.]+)\" .*not found",
+        r"Key '([\w.]+)' is not expected|[Oo]ption '([\w.]+)'"
+        r"|No action for key \"([\w.]+)\"|key \"([\w.]+)\" .*not found",
         message,
     )
     for key in dict.fromkeys(next(k for k in group if k) for group in found_keys):
@@ -189,8 +213,7 @@ def hints_for(message: str, parser: LightningArgumentParser) -> Iterator[str]:
         if found and found != key:
             yield f"{key}: did you mean {found}?"
     if "arguments are required" in message and "data" in message:
-        ready = sorted(c.__name__ for c in subclasses(LightningDataModule) if c.__module__.startswith("datamodules"))
-        yield f"choose the data, for example: --data {ready[0] if ready else 'EmojiDomains'}"
+        yield f"choose the data: --data {', or '.join(sorted(importlib.import_module('datamodules').__all__))}"
     names = {c.__name__ for base in (Callback, LightningDataModule, Logger) for c in subclasses(base)}
     pattern = r"(?:import path string|class path|subclass): ?'?\"?([\w.]+)"
     for word in re.findall(pattern, message) + re.findall(r"class_path: ([\w.]+)", message):

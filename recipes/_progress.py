@@ -157,7 +157,8 @@ class Progress(ProgressBar):
                 self._bar.update(self._task, completed=batch_idx + 1, text=self._text(trainer))
         elif now - self._shown > PLAIN_EVERY:
             self._shown = now
-            log.info(f"{self._epoch(trainer)}  batch {batch_idx + 1}/{trainer.num_training_batches}  {self._text(trainer)}")
+            place = f"batch {batch_idx + 1}/{trainer.num_training_batches}"
+            log.info(f"{self._epoch(trainer)}  {place}  {self._text(trainer)}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = 0.0
@@ -188,18 +189,36 @@ class Progress(ProgressBar):
             log.info(f"{name}  batch {batch_idx + 1}/{total}")
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn != "fit" or not self.terminal:
             self._evaluate("validate", batch_idx, trainer.num_val_batches[dataloader_idx])
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._evaluate("test", batch_idx, trainer.num_test_batches[dataloader_idx])
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._evaluate("predict", batch_idx, trainer.num_predict_batches[dataloader_idx])
 

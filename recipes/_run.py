@@ -1,32 +1,30 @@
-"""The folder of a run, its log, its metrics, W&B, and what is shown at its end."""
+"""The folder of a run, its log, and what is shown while it lasts and at its end."""
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import secrets
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, WandbLogger
-from torch import Tensor
+from lightning.pytorch.loggers import WandbLogger
 
 from recipes._cli import HOME
+
+if TYPE_CHECKING:
+    from recipes._loggers import MetricsCSV
 
 log = logging.getLogger(__name__)
 #: Set while a run lasts, so that the ranks that Lightning's launcher starts use the first one's folder.
@@ -53,6 +51,11 @@ _OURS = ("recipes", "callbacks", "datamodules")
 _LIGHTNING = ("lightning.pytorch", "lightning.fabric")
 
 
+def rank() -> int:
+    """This process's rank, as far as it is known yet."""
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
 class _Console(logging.Handler):
     """Our own lines on stdout, warnings on stderr; the streams of the moment, since a progress bar replaces them."""
 
@@ -61,31 +64,27 @@ class _Console(logging.Handler):
             return
         if record.levelno >= logging.WARNING:
             sys.stderr.write(f"{record.levelname.lower()}: {record.getMessage()}\n")
-        elif rank_zero_only.rank == 0:
+        elif rank() == 0:
             sys.stdout.write(f"{record.getMessage()}\n")
             sys.stdout.flush()
 
 
-def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
     text = " ".join(str(message).split())
-    log.warning(text, extra={"console": rank_zero_only.rank == 0})
+    log.warning(text, extra={"console": rank() == 0})
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Within it only what a user can act on is shown: our lines, and warnings as one line without source code."""
-    handler = _Console()
-    loggers = [logging.getLogger(name) for name in _OURS]
-    before = [(each.level, each.propagate) for each in loggers]
+    loggers = [logging.getLogger(name) for name in (*_OURS, *_LIGHTNING)]
+    before = [(each, each.level, each.propagate, list(each.handlers)) for each in loggers]
     for each in loggers:
+        console = _Console()
+        console.setLevel(logging.INFO if each.name in _OURS else logging.WARNING)
         each.setLevel(logging.INFO)
         each.propagate = False
-        each.addHandler(handler)
-    muted = []
-    for name in _LIGHTNING:
-        for other in logging.getLogger(name).handlers:
-            muted.append((other, other.level))
-            other.setLevel(logging.WARNING)
+        each.handlers[:] = [console]
     try:
         with warnings.catch_warnings():
             for pattern in _NOISE:
@@ -93,15 +92,18 @@ def quiet() -> Iterator[None]:
             warnings.showwarning = _show_warning
             yield
     finally:
-        for other, level in muted:
-            other.setLevel(level)
-        for each, (level, propagate) in zip(loggers, before, strict=True):
-            each.removeHandler(handler)
+        for each, level, propagate, handlers in before:
             each.setLevel(level)
             each.propagate = propagate
+            each.handlers[:] = handlers
 
 
 # ---------------------------------------------------------------------- the folder
+
+
+def started_by_us() -> bool:
+    """Whether Lightning's launcher started this process for the first rank (torchrun and SLURM start all alike)."""
+    return rank() != 0 and FOLDER_VARIABLE in os.environ
 
 
 def git_commit() -> str | None:
@@ -139,20 +141,21 @@ class Run:
     def begin(cls, recipe: str, verb: str, root: Path, *, temporary: bool = False, resume: Path | None = None) -> Run:
         """Choose the folder: the first rank's where Lightning's launcher started this process, the old run's where
         it is resumed, else a new one. Only the first rank makes it."""
-        first = rank_zero_only.rank == 0
+        first = rank() == 0
         given = os.environ.get(FOLDER_VARIABLE)
-        if temporary:
-            folder = Path(tempfile.mkdtemp(prefix="fast_dev_run-"))
-        elif given and not first:
+        if given and not first:
             folder = Path(given)
+        elif temporary:
+            folder = Path(tempfile.mkdtemp(prefix="fast_dev_run-"))
         elif resume is not None:
             folder = resume
         else:
             folder = root / recipe / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         run = cls(recipe, verb, folder, temporary, resumed=resume is not None)
+        if first:
+            os.environ[FOLDER_VARIABLE] = str(folder.resolve())
         if first and not temporary:
             (folder / "plots").mkdir(parents=True, exist_ok=True)
-            os.environ[FOLDER_VARIABLE] = str(folder.resolve())
             run._handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
             run._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
             for name in (*_OURS, *_LIGHTNING):
@@ -187,7 +190,9 @@ class Run:
             for name in (*_OURS, *_LIGHTNING):
                 logging.getLogger(name).removeHandler(self._handler)
             self._handler.close()
-            os.environ.pop(FOLDER_VARIABLE, None)
+        if rank() != 0:
+            return
+        os.environ.pop(FOLDER_VARIABLE, None)
         if self.temporary:
             import shutil
 
@@ -203,190 +208,11 @@ class SharedFolder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size > 1:
             self.run.folder = Path(trainer.strategy.broadcast(str(self.run.folder)))
-            trainer._default_root_dir = str(self.run.folder)
+            vars(trainer)["_default_root_dir"] = str(self.run.folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.run.metrics is not None and self.run.resumed:
             self.run.metrics.forget_from(trainer.global_step)
-
-
-# ---------------------------------------------------------------------- loggers
-
-
-class MetricsCSV(Logger):
-    """Writes every logged metric to ``metrics.csv`` in the run's folder: one row per call, a column per metric.
-
-    Unlike Lightning's CSVLogger it adds to the file of a run that is resumed.
-
-    Args:
-        folder: folder of the run.
-        every: seconds between two writes.
-    """
-
-    def __init__(self, folder: Path, every: float = 5.0) -> None:
-        super().__init__()
-        self.file, self.every = folder / "metrics.csv", every
-        self._rows: list[dict[str, Any]] = []
-        self._columns: list[str] = []
-        self._written = 0
-        self._when = time.monotonic()
-        if self.file.is_file() and rank_zero_only.rank == 0:
-            with self.file.open(newline="", encoding="utf-8") as f:
-                self._rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(f)]
-
-    @property
-    def name(self) -> str:
-        return ""
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
-    def save_dir(self) -> str:
-        return str(self.file.parent)
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """They are in config.yaml."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        values = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
-        self._rows.append({"step": len(self._rows) if step is None else step, **values})
-        if time.monotonic() - self._when > self.every:
-            self.save()
-
-    @rank_zero_only
-    def forget_from(self, step: int) -> None:
-        """Drop what a run logged after the checkpoint it is resumed from."""
-        self._rows = [row for row in self._rows if int(float(row.get("step", 0))) < step]
-        self._written = 0
-        self._columns = []
-        self.save()
-
-    @rank_zero_only
-    def save(self) -> None:
-        self._when = time.monotonic()
-        columns = ["epoch", "step"] + sorted({k for row in self._rows for k in row} - {"epoch", "step"})
-        fresh = columns != self._columns
-        if fresh:
-            self._columns, self._written = columns, 0
-        if self._written == len(self._rows) and not fresh:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("w" if fresh else "a", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, columns)
-            if fresh:
-                writer.writeheader()
-            writer.writerows(self._rows[self._written :])
-        self._written = len(self._rows)
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        self.save()
-
-
-def reachable(url: str, seconds: float = 2.0) -> bool:
-    """Whether a TCP connection to the server (or to the proxy in front of it) can be made in that time."""
-    parts = urlsplit(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or url)
-    if "//" not in (parts.geturl() or ""):
-        parts = urlsplit(f"//{parts.geturl()}")
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    answer = []
-
-    def connect() -> None:
-        try:
-            socket.create_connection((parts.hostname or "", port), timeout=seconds).close()
-            answer.append(True)
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=connect, daemon=True)  # a name server that is silent ignores the timeout
-    thread.start()
-    thread.join(seconds)
-    return bool(answer)
-
-
-def wandb_mode(switch: str) -> tuple[str, str]:
-    """``online``, ``offline`` or ``off``, and why where it isn't what was asked for.
-
-    Args:
-        switch: of ``--wandb``: ``auto``, ``online``, ``offline`` or ``off``. ``auto`` follows WANDB_MODE, goes online
-            with a WANDB_API_KEY and stays offline otherwise.
-    """
-    mode = {"dryrun": "offline", "disabled": "off", "run": "online"}.get(
-        os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_MODE", "")
-    )
-    if switch == "auto":
-        switch = mode if mode in ("online", "offline", "off") else "offline"
-        if not mode and (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_SWEEP_ID")):
-            switch = "online"
-    if switch != "online":
-        return switch, ""
-    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    if not os.environ.get("WANDB_API_KEY"):
-        import netrc
-
-        try:
-            known = netrc.netrc().authenticators(urlsplit(base).hostname or "")
-        except (OSError, netrc.NetrcParseError):
-            known = None
-        if not known:
-            return "offline", "no API key (set WANDB_API_KEY or type: wandb login)"
-    return ("online", "") if reachable(base) else ("offline", f"{base} can't be reached")
-
-
-@contextmanager
-def _environment(**values: str | None) -> Iterator[None]:
-    before = {key: os.environ.get(key) for key in values}
-    try:
-        for key, value in values.items():
-            os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
-        yield
-    finally:
-        for key, old in before.items():
-            os.environ.pop(key, None) if old is None else os.environ.__setitem__(key, old)
-
-
-def start_wandb(run: Run, switch: str, config: dict[str, Any]) -> WandbLogger | None:
-    """W&B's logger with its files in the run's folder, or None where it is off or doesn't start. Never asks anything.
-
-    Args:
-        run: this run; it learns the logger and whether it is offline.
-        switch: of ``--wandb``.
-        config: the resolved settings, logged with the git commit.
-    """
-    if rank_zero_only.rank != 0:
-        return None
-    mode, why = wandb_mode(switch)
-    if why:
-        log.info(f"W&B logs offline: {why}")
-    if mode == "off":
-        return None
-    import wandb
-
-    run.offline = mode == "offline"
-    try:
-        settings = wandb.Settings(silent=True, console="off", show_errors=False, show_warnings=False, init_timeout=30)
-        logger = WandbLogger(
-            project=os.environ.get("WANDB_PROJECT", "perturbation-recipes"),
-            name=f"{run.recipe}-{run.id}",
-            version=os.environ.get("WANDB_RUN_ID", run.id),
-            save_dir=str(run.folder),
-            group=run.recipe,
-            job_type=run.verb,
-            mode=mode,
-            settings=settings,
-        )
-        logger._wandb_init.pop("anonymous", None)  # wandb warns about the mere argument
-        with _environment(WANDB_SILENT="true", WANDB_MODE=mode):
-            logger.log_hyperparams({"recipe": run.recipe, "git_commit": git_commit(), **config})
-    except Exception as error:
-        log.warning(f"W&B doesn't start ({' '.join(str(error).split())[:160]}); the metrics are in metrics.csv")
-        log.debug("W&B", exc_info=True)
-        return None
-    run.wandb = logger
-    return logger
 
 
 # ---------------------------------------------------------------------- the end
@@ -405,7 +231,7 @@ def _short(path: Path) -> str:
 
 def report(run: Run) -> None:
     """The table of metrics and where everything is; on a terminal with Rich, else as plain lines; always in run.log."""
-    if rank_zero_only.rank != 0:
+    if rank() != 0:
         return
     metrics = [(name, f"{value:.4f}") for name, value in sorted(run.results.items())]
     places = []
@@ -429,8 +255,8 @@ def report(run: Run) -> None:
         for title, rows in (("metric", metrics), ("", places)):
             if rows:
                 table = Table(box=None, show_header=bool(title), pad_edge=False, header_style="bold")
-                table.add_column(title or None, style="cyan", no_wrap=True)
-                table.add_column("value" if title else None, overflow="fold", justify="right" if title else "left")
+                table.add_column(title, style="cyan", no_wrap=True)
+                table.add_column("value" if title else "", overflow="fold", justify="right" if title else "left")
                 for row in rows:
                     table.add_row(*row)
                 console.print(table)

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
+from recipes._run import rank
+
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -76,7 +78,8 @@ class Signals:
         self.received, self._when = signum, now
         if not self.patient:
             raise Interrupted(signum)
-        os.write(2, b"\nstopping at the next complete step (a second Ctrl-C ends at once)\n")
+        if rank() == 0:  # a terminal's Ctrl-C reaches all ranks
+            os.write(2, b"\nstopping at the next complete step (a second Ctrl-C ends at once)\n")
 
 
 class LastCheckpoint(Checkpoint):
@@ -138,6 +141,7 @@ class LastCheckpoint(Checkpoint):
         self._seen = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.signals.received = self._agree(trainer, wait=True)
         self.signals.patient = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -178,11 +182,9 @@ class LastCheckpoint(Checkpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Write ``last.ckpt`` under another name and rename it, so that no moment sees half a file."""
-        if trainer.fast_dev_run:
-            return
         self._due = False
         partial = self.file.with_suffix(".partial")
-        trainer.save_checkpoint(partial)  # every rank takes part, the first one writes
+        trainer.save_checkpoint(partial, weights_only=False)  # every rank takes part, the first one writes
         if trainer.is_global_zero:
             os.replace(partial, self.file)
 

@@ -63,7 +63,8 @@ def retrieval_scores(
             keep = ~(same & (gallery_camera == query_camera[q]))
         relevant = same[keep]
         if relevant.any():
-            similarity = gallery[keep] @ query[q]
+            # above zero, since torchmetrics takes what scores less as not retrieved
+            similarity = (gallery[keep] @ query[q]).double() + 2
             ranked.append(retrieval_hit_rate(similarity, relevant, top_k=1))
             precise.append(retrieval_average_precision(similarity, relevant))
     if not ranked:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from callbacks.perturbation import clip_groups, parameter_groups
+from callbacks.perturbation import accept_other_techniques, clip_groups, parameter_groups
 
 #: Mean and standard deviation of ImageNet's RGB values, with which timm's weights were trained.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -60,6 +60,7 @@ class Classifier(LightningModule):
         weight_decay: on all weights of the network; techniques' own parameters have none.
         warmup_epochs: linear warm-up.
         label_smoothing: of the cross-entropy.
+        channels_last: lay images and weights out as (B, H, W, C): the same numbers, faster on most machines.
         compile: compile the backbone, with the techniques that hang on it.
 
     A batch is a dict with ``image`` (B, C, H, W) in [0, 1], ``label`` (B,) and, where there are domains, ``domain``
@@ -86,10 +87,12 @@ class Classifier(LightningModule):
         weight_decay: float = 5e-4,
         warmup_epochs: float = 0.0,
         label_smoothing: float = 0.0,
+        channels_last: bool = False,
         compile: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        accept_other_techniques(self)
         self.class_names = list(class_names) or [str(i) for i in range(num_classes)]
         self.domain_names = list(domain_names) or ["all"]
         options = dict(backbone_args or {})
@@ -110,6 +113,8 @@ class Classifier(LightningModule):
         self.test_confusion = DomainConfusion(len(self.domain_names), num_classes)
 
     def setup(self, stage: str) -> None:
+        if self.hparams["channels_last"]:
+            self.backbone.to(memory_format=torch.channels_last)  # the first convolution lays the images out likewise
         if self.hparams["compile"]:  # after the techniques have hung their hooks: a compiled graph doesn't see later ones
             self.backbone.compile()
 

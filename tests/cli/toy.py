@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -61,14 +63,21 @@ class ToyData(LightningDataModule):
     """Points in ``num_classes`` clouds."""
 
     def __init__(
-        self, batch_size: int = 8, num_classes: int = 3, size: int = 96, nan_at: int = -1, root: str | None = None
+        self,
+        batch_size: int = 8,
+        num_classes: int = 3,
+        size: int = 96,
+        nan_at: int = -1,
+        root: str | None = None,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.batch_size, self.num_classes, self.size, self.nan_at, self.root = batch_size, num_classes, size, nan_at, root
+        self.batch_size, self.num_classes, self.size = batch_size, num_classes, size
+        self.nan_at, self.root, self.num_workers = nan_at, root, num_workers
         self.in_chans, self.image_size = 1, 4
         self.class_names = [f"class {i}" for i in range(num_classes)]
         self.domain_names = ["even", "odd"]
-        self._skip = 0
+        self._skip = self._epoch = 0
 
     def setup(self, stage: str) -> None:
         if self.root is not None:
@@ -79,7 +88,8 @@ class ToyData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         order = _Order(len(self.train))
         order.skip, self._skip = self._skip, 0
-        return DataLoader(self.train, batch_size=self.batch_size, sampler=order)
+        order.epoch = self._epoch  # loader workers are handed the first batches before set_epoch is called
+        return DataLoader(self.train, batch_size=self.batch_size, sampler=order, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.rest, batch_size=16)
@@ -89,10 +99,12 @@ class ToyData(LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         loop = self.trainer.fit_loop.epoch_loop.batch_progress  # type: ignore[union-attr]
         done = loop.current.processed
-        return {"skip": 0 if loop.is_last_batch else done * self.batch_size}
+        if loop.is_last_batch:
+            return {"skip": 0, "epoch": self.trainer.current_epoch + 1}  # type: ignore[union-attr]
+        return {"skip": done * self.batch_size, "epoch": self.trainer.current_epoch}  # type: ignore[union-attr]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._skip = state["skip"]
+        self._skip, self._epoch = state["skip"], state["epoch"]
 
 
 class ToyNet(LightningModule):
@@ -116,7 +128,10 @@ class ToyNet(LightningModule):
         if layer != "body":
             raise ValueError(f"there is no layer '{layer}'; the layers are: body, head")
         self.body = torch.nn.Sequential(
-            torch.nn.Flatten(), torch.nn.Linear(in_chans * 16, width), torch.nn.BatchNorm1d(width), torch.nn.Dropout(0.3)
+            torch.nn.Flatten(),
+            torch.nn.Linear(in_chans * 16, width),
+            torch.nn.BatchNorm1d(width),
+            torch.nn.Dropout(0.3),
         )
         self.head = torch.nn.Linear(width, num_classes)
 
@@ -152,10 +167,41 @@ class OtherNet(ToyNet):
 
 
 class Explode(Callback):
-    """An error that is nobody's input."""
+    """An error that is nobody's input.
 
-    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        raise RuntimeError("boom")
+    Args:
+        step: at the start of which optimizer step.
+    """
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("boom")
+
+
+class Signal(Callback):
+    """Sends this process a signal at the start of a training step, or of a validation.
+
+    Args:
+        step: at which optimizer step.
+        name: of the signal.
+        validation: at the first validation after that step instead.
+    """
+
+    def __init__(self, step: int, name: str = "SIGINT", validation: bool = False) -> None:
+        self.step, self.name, self.validation = step, name, validation
+
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.validation and trainer.global_step == self.step and trainer.is_global_zero:
+            os.kill(os.getpid(), getattr(signal, self.name))
+
+    def on_validation_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        if self.validation and trainer.global_step >= self.step and not trainer.sanity_checking:
+            os.kill(os.getpid(), getattr(signal, self.name))
+            self.validation = False
+            self.step = -1
 
 
 class Noise(Callback):

@@ -1,0 +1,173 @@
+"""Ctrl-C and SIGTERM: the exit codes, ``last.ckpt``, and a run that goes on as if it had never been stopped."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HOME, Result, checkpoint, metrics, same
+
+Run = Callable[..., Result]
+FIT = ("fit", "--trainer.max_epochs", 3, "--trainer.log_every_n_steps", 1)
+SIGNAL = ("--trainer.callbacks", "Signal", "--trainer.callbacks.step")
+GO_ON = ("fit", "--ckpt_path", "last", "--trainer.callbacks", "null")
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    """Weights, optimizer, schedulers and metrics.csv of two runs are the same, bit for bit."""
+    x, y = checkpoint(a), checkpoint(b)
+    assert x["global_step"] == y["global_step"] > 0 and x["epoch"] == y["epoch"]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(x[part], y[part]), part
+    assert metrics(a) == metrics(b)
+    assert same(checkpoint(a, "best")["state_dict"], checkpoint(b, "best")["state_dict"])
+
+
+@pytest.fixture
+def whole(cli: Run, tmp_path: Path) -> Callable[..., Path]:
+    """The same run, never stopped, in a folder of its own; returns the run's folder."""
+
+    def call(*words: object) -> Path:
+        result = cli(*FIT, *words, "--trainer.default_root_dir", tmp_path / "whole")
+        assert result.code == 0, result.err
+        (run,) = (tmp_path / "whole" / "toy").iterdir()
+        return run
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (0, ()),
+        (5, ()),
+        (10, ()),  # 12 steps an epoch
+        (11, ()),
+        (12, ()),
+        (35, ()),
+        (17, ("--data.num_workers", 2)),
+        (7, ("--trainer.accumulate_grad_batches", 3)),
+        (8, ("--trainer.accumulate_grad_batches", 5)),  # the last window of an epoch is a short one
+        (5, ("--trainer.val_check_interval", 0.5)),  # is followed by a validation
+        (9, ("--trainer.val_check_interval", 0.25)),
+        (20, ("--trainer.limit_train_batches", 7)),
+        (13, ("--trainer.check_val_every_n_epoch", 2)),
+        (17, ("--trainer.precision", "bf16-mixed")),
+    ],
+)
+def test_stopped_run_goes_on_as_if_it_had_never_been_stopped(
+    cli: Run, whole: Callable[..., Path], step: int, words: tuple[object, ...]
+) -> None:
+    a = whole(*words)
+    b = cli(*FIT, *SIGNAL, step, *words)
+    assert b.code == 130, b.err
+    stopped_at = checkpoint(b.run)["global_step"]
+    assert step < stopped_at <= step + 3  # an epoch's last step and a validation are waited for
+    b = cli(*GO_ON)
+    assert b.code == 0, b.err
+    assert_equal_runs(a, b.run)  # in the same folder
+
+
+def test_run_can_be_stopped_again_and_again(cli: Run, whole: Callable[..., Path]) -> None:
+    a = whole()
+    codes = [cli(*FIT, *SIGNAL, 3).code]
+    codes += [cli("fit", "--ckpt_path", "last", *SIGNAL, step).code for step in (4, 16, 30)]
+    assert codes == [130] * 4
+    b = cli(*GO_ON)
+    assert b.code == 0 and (b.run / "config.1.yaml").is_file()
+    assert_equal_runs(a, b.run)
+
+
+def test_signal_in_a_validation_waits_for_its_end(cli: Run, whole: Callable[..., Path]) -> None:
+    a = whole()
+    b = cli(*FIT, *SIGNAL, 20, "--trainer.callbacks.validation", "true", "--trainer.callbacks.name", "SIGTERM")
+    assert b.code == 143, b.err
+    assert checkpoint(b.run)["global_step"] == 24
+    b = cli(*GO_ON)
+    assert b.code == 0, b.err
+    assert_equal_runs(a, b.run)
+
+
+def test_what_a_stopped_run_says(cli: Run) -> None:
+    result = cli(*FIT, *SIGNAL, 15)
+    last = result.run / "checkpoints" / "last.ckpt"
+    assert f"stopped by SIGINT at step 16; saved {last}" in result.out
+    assert "go on with: python -m recipes.toy fit --ckpt_path last" in result.out
+    assert result.err.strip() == "" and not (result.run / "checkpoints" / "last.partial").exists()
+    assert "stopped by SIGINT" in (result.run / "run.log").read_text()
+
+
+def test_signal_where_nothing_can_be_saved_ends_at_once(cli: Run) -> None:
+    fit = cli("fit", "--trainer.fast_dev_run", "true", *SIGNAL, 0)
+    assert fit.code == 130 and "stopped by SIGINT; nothing to save" in fit.out and not fit.runs
+    result = cli("validate", "--trainer.callbacks", "Signal", "--trainer.callbacks.step", 0,
+                 "--trainer.callbacks.validation", "true", "--trainer.callbacks.name", "SIGTERM")  # fmt: skip
+    assert result.code == 143
+
+
+def test_handlers_are_put_back(cli: Run) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert cli("fit").code == 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_last_every_n_steps_survives_a_hard_kill(cli: Run, whole: Callable[..., Path]) -> None:
+    """A run that dies goes on from what it saved within the epoch; what it logged later is dropped."""
+    a = whole()
+    b = cli(*FIT, "--last_every_n_steps", 5, "--trainer.callbacks", "Explode", "--trainer.callbacks.step", 18)
+    assert b.code == 1 and checkpoint(b.run)["global_step"] == 15
+    assert max(int(row["step"]) for row in metrics(b.run)) == 17
+    b = cli(*GO_ON, "--last_every_n_steps", 0)
+    assert b.code == 0, b.err
+    assert_equal_runs(a, b.run)
+
+
+def start(root: Path, *words: object) -> subprocess.Popen[str]:
+    argv = ["fit", "--data", "ToyData", "--wandb", "off", "--trainer.default_root_dir", str(root), *map(str, words)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.cli.toyrun", *argv],
+        cwd=HOME, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen[str], text: str, seconds: float = 60) -> None:
+    assert process.stdout is not None
+    end = time.monotonic() + seconds
+    for line in process.stdout:
+        if text in line:
+            return
+        assert time.monotonic() < end
+    raise AssertionError(f"never said '{text}': {process.stderr.read() if process.stderr else ''}")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_process_ends_with_the_code_of_its_signal(tmp_path: Path, signum: int, code: int) -> None:
+    root = tmp_path / "runs"
+    process = start(root, "--model.wait", 0.05, "--trainer.max_epochs", 1000)
+    wait_for(process, "epoch 1/1000")
+    time.sleep(0.2)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == code, err
+    assert "stopping at the next complete step" in err and "Traceback" not in err
+    (run,) = (root / "toy").iterdir()
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] % 12 != 0  # mid-epoch
+    assert "go on with: python -m recipes.toy fit --ckpt_path last" in out
+
+
+def test_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    process = start(tmp_path / "runs", "--model.wait", 30, "--trainer.max_epochs", 1)
+    wait_for(process, "ToyNet")
+    time.sleep(1.5)  # in the first, long step
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == 130
