@@ -30,8 +30,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,9 @@ class Perturbation(Callback):
     site: ClassVar[str] = "input"
     #: Constructor arguments at which the technique is the identity (law 2).
     zero: ClassVar[Mapping[str, Any]] = {}
-    #: Whether an example is perturbed without looking at the others of its batch (then law 4 is exact, given the draws).
-    per_example: ClassVar[bool] = False
+    #: Constructor arguments at which an example is perturbed without looking at the others of its batch; then two ranks
+    #: give the update of one process exactly (law 4). None: there are none.
+    per_example: ClassVar[Mapping[str, Any] | None] = None
 
     def __init__(
         self,
@@ -114,7 +116,7 @@ class Perturbation(Callback):
         self.probability = probability
         self.seed = seed
         self._step: tuple[int, int] = (0, 0)  # epoch and batch of the step in hand
-        self._rank = 0
+        self._rank, self._world = 0, 1
         self._perturbed: list[Perturbation] = []  # used by the first technique of the trainer, which drives them all
 
     @property
@@ -124,17 +126,24 @@ class Perturbation(Callback):
     # ------------------------------------------------------------------ what a technique overrides
 
     def attach(self, module: LightningModule) -> None:
-        """Hang modules on the network, once, before the optimizer is made; put them in ``own(module)``."""
+        """Hang modules on the network, before the optimizer is made; put them in ``own(module)``.
+
+        Called at the start of each fit, validate, test and predict, before the module's own ``setup`` and
+        ``configure_model``: a recipe builds its network in ``__init__``.
+        """
 
     def detach(self, module: LightningModule) -> None:
-        """Take the hooks off again."""
+        """Take the hooks off again; also called after an error, and then perhaps without :meth:`attach`."""
 
     def perturb(self, module: LightningModule, batch: Batch) -> None:
         """Perturb the step that follows; entries of ``batch`` are replaced, never changed in place."""
         raise NotImplementedError(f"{type(self).__name__} must define perturb(module, batch)")
 
     def restore(self, module: LightningModule) -> None:
-        """Undo :meth:`perturb`; called after the backward pass, also when the step fails."""
+        """Undo :meth:`perturb`; called after the (first) backward pass, and when the step or :meth:`perturb` fails.
+
+        So a technique keeps what it needs here before it changes anything.
+        """
 
     # ------------------------------------------------------------------ what a technique calls
 
@@ -150,13 +159,28 @@ class Perturbation(Callback):
         keys = (seed, self.name, purpose, *self._step, *(() if shared else (self._rank,)))
         return torch.Generator(device=device).manual_seed(fold_seed(*keys))
 
+    def normal(self, purpose: str, size: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        """Standard normal numbers for the examples of this rank's batch, (size, *shape).
+
+        They are what one process would draw for the same examples: row i of rank r is row ``i * ranks + r`` of the whole
+        batch (which is how ``datamodules`` deals examples out). Every rank draws for all, so keep it to small shapes, and
+        use :meth:`generator` for whole images.
+        """
+        generator = self.generator(purpose, shared=True, device=device)
+        return torch.randn(size * self._world, *shape, generator=generator, device=device)[self._rank :: self._world]
+
+    def uniform(self, purpose: str, size: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        """The same as :meth:`normal`, uniform in [0, 1)."""
+        generator = self.generator(purpose, shared=True, device=device)
+        return torch.rand(size * self._world, *shape, generator=generator, device=device)[self._rank :: self._world]
+
     # ------------------------------------------------------------------ the loop
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        techniques = [c for c in trainer.callbacks if isinstance(c, Perturbation)]
+        techniques = techniques_of(trainer)
         if [c.name for c in techniques].count(self.name) > 1:
             raise ValueError(f"two techniques are named '{self.name}': give one of them another name=...")
-        self._rank = trainer.global_rank
+        self._rank, self._world = trainer.global_rank, trainer.world_size
         accept_other_techniques(pl_module)
         self.attach(pl_module)
 
@@ -175,7 +199,7 @@ class Perturbation(Callback):
         return True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        techniques = [c for c in trainer.callbacks if isinstance(c, Perturbation)]
+        techniques = techniques_of(trainer)
         if techniques[0] is not self:
             return
         if not isinstance(batch, MutableMapping):
@@ -183,12 +207,14 @@ class Perturbation(Callback):
         for technique in sorted(techniques, key=lambda c: SITES.index(c.site)):
             technique._step = (trainer.current_epoch, batch_idx)
             if technique.active(trainer):
+                self._perturbed.append(technique)  # before: what fails halfway is restored too
                 technique.perturb(pl_module, batch)
-                self._perturbed.append(technique)
 
     def _restore_all(self, module: LightningModule) -> None:
-        while self._perturbed:
-            self._perturbed.pop().restore(module)
+        with ExitStack() as last_in_first_out:  # goes on with the others where one raises
+            for technique in self._perturbed:
+                last_in_first_out.callback(technique.restore, module)
+            self._perturbed = []
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_all(pl_module)
@@ -196,8 +222,18 @@ class Perturbation(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._restore_all(pl_module)  # a training_step that returned None had no backward pass
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_all(pl_module)  # a module whose on_train_batch_start returned -1 had no step at all
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_all(pl_module)
+        self.detach(pl_module)  # Lightning calls no teardown after an error
+
+
+def techniques_of(trainer: Trainer) -> list[Perturbation]:
+    """The techniques of a trainer, in the order of its list."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
+    return [callback for callback in callbacks if isinstance(callback, Perturbation)]
 
 
 # ---------------------------------------------------------------------- crafting
@@ -217,8 +253,10 @@ def crafting(module: nn.Module, mode: Mode = "train_frozen_bn", *, parameters: b
     * ``train_frozen_bn``: modes as they are, except that batch norm normalises by its running statistics.
 
     Gradients are on, also within validation's inference mode (clone what comes from there before you ask for its
-    gradient). Parameters take no gradient unless ``parameters``. fp16 autocast is off (small gradients would
-    underflow); bf16 stays. Train flags, gradient flags, buffers and ``.grad`` are afterwards as they were before.
+    gradient). Parameters take no gradient unless ``parameters``. The passes run in the trainer's mixed precision (a
+    callback's hooks are outside of it), but not in fp16: small gradients would underflow. Train flags, gradient flags,
+    buffers, ``.grad`` and torch's random state are afterwards as they were before; so the step that follows draws the
+    dropout that it would have drawn, which is that of the first pass in here.
 
     Raises:
         ValueError: for an unknown mode.
@@ -226,12 +264,18 @@ def crafting(module: nn.Module, mode: Mode = "train_frozen_bn", *, parameters: b
     if mode not in ("eval", "train", "train_frozen_bn"):
         raise ValueError(f"crafting mode must be eval, train or train_frozen_bn, not '{mode}'")
     training = [(m, m.training) for m in module.modules()]
-    tracking = [(m, m.track_running_stats) for m in module.modules() if isinstance(m, _NormBase)]
+    tracking = [(m, m.track_running_stats) for m in module.modules() if isinstance(m, _BatchNorm)]
     needing = [p for p in module.parameters() if p.requires_grad]
-    device = next((p.device.type for p in module.parameters()), "cpu")
+    where = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = where.type
+    moving = [] if mode == "eval" else [(b, b._version, b.clone()) for b in _unguarded_buffers(module)]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[where] if device == "cuda" else []))
+        precision = getattr(getattr(module, "_trainer", None), "precision_plugin", None)  # .trainer raises if there is none
+        if isinstance(precision, MixedPrecision) and not torch.is_autocast_enabled(device):
+            stack.enter_context(precision.forward_context())
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             stack.enter_context(torch.autocast(device, enabled=False))
         try:
@@ -255,6 +299,17 @@ def crafting(module: nn.Module, mode: Mode = "train_frozen_bn", *, parameters: b
                 norm.track_running_stats = flag
             for submodule, flag in training:
                 submodule.training = flag
+            with torch.no_grad():
+                for buffer, version, kept in moving:
+                    if buffer._version != version:  # only then: writing would spoil graphs that hold the buffer
+                        buffer.copy_(kept)
+
+
+def _unguarded_buffers(module: nn.Module) -> Iterator[Tensor]:
+    """Buffers that a pass in training mode may move, but for those of batch norm (spectral norm, instance norm, ...)."""
+    for submodule in module.modules():
+        if submodule.training and not isinstance(submodule, _BatchNorm):
+            yield from (b for b in submodule.buffers(recurse=False) if not b.is_inference())
 
 
 # ---------------------------------------------------------------------- optimizer and checkpoint
@@ -263,16 +318,23 @@ def crafting(module: nn.Module, mode: Mode = "train_frozen_bn", *, parameters: b
 def parameter_groups(module: LightningModule, **options: Any) -> list[dict[str, Any]]:
     """Groups for the optimizer: the network with ``options``, then a group without weight decay per technique.
 
-    Groups carry a ``name`` (``model``, ``perturbations.<name>``), by which checkpoints with other techniques are read.
+    Groups carry a ``name`` (``model``, ``perturbations.<name>``) and the names of their ``parameters``, by which
+    checkpoints with other techniques are read. A recipe may split the first group, if it keeps one named ``model``.
     """
-    techniques = getattr(module, PREFIX, {})
-    own = {id(p) for technique in techniques.values() for p in technique.parameters()} if techniques else set()
-    groups = [{"params": [p for p in module.parameters() if id(p) not in own], "name": "model", **options}]
-    for name, technique in sorted(techniques.items()):
-        parameters = list(technique.parameters())
-        if parameters:
-            groups.append({"params": parameters, "name": f"{PREFIX}.{name}", **options, "weight_decay": 0.0})
-    return groups
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {"model": []}
+    for name, parameter in module.named_parameters():
+        place = name.split(".")
+        members.setdefault(f"{PREFIX}.{place[1]}" if place[0] == PREFIX else "model", []).append((name, parameter))
+    return [
+        {
+            "params": [p for _, p in members[group]],
+            "name": group,
+            "parameters": [n for n, _ in members[group]],
+            **options,
+            **({} if group == "model" else {"weight_decay": 0.0}),
+        }
+        for group in ["model", *sorted(members.keys() - {"model"})]
+    ]
 
 
 def clip_groups(optimizer: Optimizer, value: float | None, algorithm: str | None = "norm") -> None:
@@ -310,31 +372,37 @@ def accept_other_techniques(module: nn.Module) -> None:
 def match_optimizer_groups(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Rewrite the optimizer states of a checkpoint for the techniques of ``module`` (see :func:`parameter_groups`).
 
-    States without named groups, and checkpoints with the same techniques, are left as they are.
+    Groups of the network stay as they are. Those of techniques are replaced by what ``module`` has; the state of each
+    parameter goes with its name, and one that wasn't there starts fresh, with the settings of the group ``model``.
+    States of optimizers that weren't made from :func:`parameter_groups` are left alone.
     """
-    wanted = parameter_groups(module)
-    names = [g["name"] for g in wanted]
-    for i, state in enumerate(checkpoint.get("optimizer_states", ())):
-        groups = {g.get("name"): g for g in state["param_groups"]}
-        if list(groups) == names or "model" not in groups:
+    wanted = [g for g in parameter_groups(module) if g["name"] != "model"]
+    for i, saved in enumerate(checkpoint.get("optimizer_states", ())):
+        old = saved["param_groups"]
+        place = {g.get("name"): j for j, g in enumerate(old)}
+        if "model" not in place:
             continue
-        order = [g.get("name") for g in state["param_groups"]]
-        new_groups, new_state, number = [], {}, 0
+        number = {n: k for g in old for n, k in zip(g.get("parameters", ()), g["params"], strict=False)}
+        source = [j for j, g in enumerate(old) if not str(g.get("name")).startswith(f"{PREFIX}.")]
+        groups, numbers = [old[j] for j in source], [k for j in source for k in old[j]["params"]]
         for group in wanted:
-            saved = groups.get(group["name"])
-            numbers = list(range(number, number + len(group["params"])))
-            if saved is not None:
-                for new, old in zip(numbers, saved["params"], strict=True):
-                    if old in state["state"]:
-                        new_state[new] = state["state"][old]
-                new_groups.append({**saved, "params": numbers})
-            else:
-                fresh = {**groups["model"], "name": group["name"], "weight_decay": 0.0}
-                new_groups.append({**fresh, "params": numbers})
-            number += len(numbers)
-        checkpoint["optimizer_states"][i] = {"state": new_state, "param_groups": new_groups}
-        source = [order.index(n) if n in order else order.index("model") for n in names]
+            source.append(place.get(group["name"], place["model"]))
+            fresh = {} if group["name"] in place else {"weight_decay": 0.0}
+            groups.append({**old[source[-1]], **fresh, **{k: group[k] for k in ("name", "parameters", "params")}})
+            numbers += [number.get(n, -1) for n in group["parameters"]]
+        states, first = {k: saved["state"][n] for k, n in enumerate(numbers) if n in saved["state"]}, 0
+        for j, group in enumerate(groups):
+            groups[j] = {**group, "params": list(range(first, first := first + len(group["params"])))}
+        checkpoint["optimizer_states"][i] = {**saved, "state": states, "param_groups": groups}
         for scheduler in checkpoint.get("lr_schedulers", ()):
-            for key in ("base_lrs", "_last_lr", "lr_lambdas"):
-                if isinstance(scheduler.get(key), list) and len(scheduler[key]) == len(order):
-                    scheduler[key] = [scheduler[key][j] for j in source]
+            _match_scheduler(scheduler, len(old), source)
+
+
+def _match_scheduler(state: dict[str, Any], groups: int, source: list[int]) -> None:
+    """Reorder what a scheduler keeps per group of the optimizer, also within one that is made of several."""
+    for key, value in state.items():
+        if key == "_schedulers":
+            for inner in value:
+                _match_scheduler(inner, groups, source)
+        elif isinstance(value, list) and len(value) == groups and (key.endswith("lrs") or key in ("_last_lr", "lr_lambdas")):
+            state[key] = [value[j] for j in source]

@@ -66,7 +66,7 @@ def mixstyle(x: Tensor, permutation: Tensor, lam: Tensor, eps: float = EPS) -> T
 def efdmix(x: Tensor, permutation: Tensor, lam: Tensor) -> Tensor:
     """EFDMix: the sorted values of each channel are mixed with those of another example, rank by rank.
 
-    ``y = x + (1 - lam) * (other's value of the same rank - stopgrad(x))``, as published.
+    ``y = x + (1 - lam) * (other's value of the same rank - stopgrad(x))``, as published: gradient goes to both.
 
     Args:
         x: (B, C, H, W) or (B, N, C).

@@ -224,8 +224,10 @@ class _Style(Perturbation):
         size = batch_size(batch)
         layers = list(self.hung(module).values())
         # a number in [0, 1) for each layer and example decides its branch
-        chosen = self.generator("branch", shared=not self.per_sample)
-        u = torch.rand(len(layers), size if self.per_sample else 1, generator=chosen).expand(-1, size)
+        if self.per_sample:
+            u = self.uniform("branch", size, len(layers)).T
+        else:
+            u = torch.rand(len(layers), 1, generator=self.generator("branch", shared=True)).expand(-1, size)
         self.arm(module, layers, u, size)
         for layer in layers:
             layer.armed = True
@@ -237,10 +239,6 @@ class _Style(Perturbation):
     def restore(self, module: LightningModule) -> None:
         for layer in self.hung(module).values():
             layer.armed = False
-
-    def normal(self, *shape: int, device: torch.device) -> Tensor:
-        """Standard normal noise of this step, another on each rank."""
-        return torch.randn(*shape, generator=self.generator("noise", device=device), device=device)
 
 
 class MixStyle(_Style):
@@ -324,7 +322,7 @@ class DSU(_Style):
         weight = (self.strength * torch.stack((adv, dsu), 1)).to(module.device)  # (layers, 2, examples)
         # one draw for all layers: one kernel, not one a layer
         widths = [layer.channels for layer in layers]
-        noise = self.normal(2, size, sum(widths), device=module.device).split(widths, 2)
+        noise = self.normal("noise", size, 2, sum(widths), device=module.device).transpose(0, 1).split(widths, 2)
         for i, layer in enumerate(layers):
             layer.weight, layer.noise = weight[i], noise[i]
             layer.branches = frozenset(n for n, b in (("adv", adv), ("dsu", dsu)) if self.strength and bool(b[i].any()))
@@ -346,7 +344,7 @@ class AdvStyle(DSU):
             size is the live batch's spread (the released re-identification code, with p_identity 0.5 and p_dsu 0).
     """
 
-    per_example: ClassVar[bool] = False
+    per_example: ClassVar = {"p_identity": 0.0, "p_dsu": 0.0}
 
     def __init__(
         self,

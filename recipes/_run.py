@@ -249,17 +249,19 @@ def report(run: Run) -> None:
     terminal = sys.stdout.isatty()
     if terminal and (metrics or places):
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
         console = Console(highlight=False)
-        for title, rows in (("metric", metrics), ("", places)):
-            if rows:
-                table = Table(box=None, show_header=bool(title), pad_edge=False, header_style="bold")
-                table.add_column(title, style="cyan", no_wrap=True)
-                table.add_column("value" if title else "", overflow="fold", justify="right" if title else "left")
-                for row in rows:
-                    table.add_row(*row)
-                console.print(table)
+        if metrics:
+            table = Table(box=None, pad_edge=False, header_style="bold")
+            table.add_column("metric", style="cyan", no_wrap=True)
+            table.add_column("value", justify="right")
+            for row in metrics:
+                table.add_row(*row)
+            console.print(table)
+        for name, place in places:  # one line each, however long: they are there to be copied
+            console.print(f"[cyan]{name:5}[/] {escape(place)}", soft_wrap=True)
     for title, rows in (("metrics", metrics), ("where everything is", places)):
         if rows:
             log.info(f"{title}\n{_table(rows)}", extra={"console": not terminal})

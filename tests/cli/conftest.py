@@ -71,13 +71,20 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def commit() -> str:
+    """Of this checkout."""
+    command = ["git", "-C", str(HOME), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _alone(tmp_path: Path) -> Iterator[None]:
     """No account, no settings of W&B from outside; the environment is afterwards as it was."""
     before = dict(os.environ)
     for name in [n for n in os.environ if n.startswith("WANDB_")]:
         del os.environ[name]
-    os.environ |= {"NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "wandb"), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "wandb")}
+    os.environ["OMP_NUM_THREADS"] = "1"
     yield
     os.environ.clear()
     os.environ |= before
@@ -101,8 +108,7 @@ def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
             argv += ["--data", "ToyData"] if data and "--data" not in argv and "--ckpt_path" not in argv else []
             if argv[0] == "fit" and not {"--trainer.max_epochs", "--ckpt_path"} & set(argv):
                 argv += ["--trainer.max_epochs", "1"]
-        # settings of a class come after the class
-        argv = _class_first(argv)
+            argv = _class_first(argv)
         monkeypatch.setattr(sys, "argv", ["toyrun.py", *argv])
         capsys.readouterr()
         code = run(model, name, argv)
@@ -113,6 +119,7 @@ def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 
 def _class_first(argv: list[str]) -> list[str]:
+    """With ``--data`` right after the verb: settings of a class come after the class."""
     if "--data" not in argv:
         return argv
     i = argv.index("--data")

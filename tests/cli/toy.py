@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class _Points(Dataset[dict[str, Tensor]]):
-    def __init__(self, size: int, classes: int, nan_at: int = -1) -> None:
+    def __init__(self, size: int, classes: int, nan_at: int = -1, corrupt_at: int = -1) -> None:
+        self.corrupt_at = corrupt_at
         g = torch.Generator().manual_seed(1)
         self.label = torch.randint(0, classes, (size,), generator=g)
         self.image = torch.randn(size, 1, 4, 4, generator=g) + self.label.view(-1, 1, 1, 1)
@@ -28,6 +30,8 @@ class _Points(Dataset[dict[str, Tensor]]):
         return len(self.label)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
+        if i == self.corrupt_at:
+            raise ValueError(f"toy {i} can't be read")
         return {
             "image": self.image[i],
             "label": self.label[i],
@@ -70,8 +74,10 @@ class ToyData(LightningDataModule):
         nan_at: int = -1,
         root: str | None = None,
         num_workers: int = 0,
+        corrupt_at: int = -1,
     ) -> None:
         super().__init__()
+        self.corrupt_at = corrupt_at
         self.batch_size, self.num_classes, self.size = batch_size, num_classes, size
         self.nan_at, self.root, self.num_workers = nan_at, root, num_workers
         self.in_chans, self.image_size = 1, 4
@@ -82,7 +88,7 @@ class ToyData(LightningDataModule):
     def setup(self, stage: str) -> None:
         if self.root is not None:
             raise FileNotFoundError(f"{self.root} has no toys; get them at a toy shop")
-        self.train = _Points(self.size, self.num_classes, self.nan_at)
+        self.train = _Points(self.size, self.num_classes, self.nan_at, self.corrupt_at)
         self.rest = _Points(32, self.num_classes)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -179,6 +185,13 @@ class Explode(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step:
             raise RuntimeError("boom")
+
+
+class Warn(Callback):
+    """A warning that is meant for the user."""
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        warnings.warn("look at this", stacklevel=1)
 
 
 class Signal(Callback):

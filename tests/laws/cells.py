@@ -1,0 +1,118 @@
+"""What the laws are applied to: every technique found in callbacks/ and every recipe found in recipes/, made small.
+
+A technique is taken with its default settings, and a recipe with a small network. Where that can't work, say how it is
+made small here, in one line; a recipe or technique that can't be built fails the tests, so it can't be forgotten.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+import callbacks
+from callbacks.exact_resume import ExactResume
+from callbacks.perturbation import Perturbation
+from datamodules.images import ImageDataModule, ImageSet
+from recipes.__main__ import read_cards
+from recipes._cli import HOME
+
+CLASSES, SIDE, BATCH, STEPS = 3, 32, 4, 3
+
+#: Arguments of recipes beside what all recipes with a backbone get (below), by name of the recipe.
+RECIPES: dict[str, dict[str, Any]] = {}
+#: Arguments of techniques that can't do without, by class name.
+TECHNIQUES: dict[str, dict[str, Any]] = {}
+
+_SMALL: dict[str, Any] = {
+    "backbone": "resnet10t",
+    "backbone_args": {"channels": (8, 8, 16, 16), "stem_width": 8},
+    "num_classes": CLASSES,
+    "image_size": SIDE,
+    "lr": 0.05,
+    "momentum": 0.9,
+}
+
+
+def _below(cls: type) -> Iterator[type]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _below(sub)
+
+
+def techniques() -> dict[str, type[Perturbation]]:
+    """Every public technique of callbacks/, by name."""
+    for module in pkgutil.iter_modules(callbacks.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"callbacks.{module.name}")
+    found = [c for c in _below(Perturbation) if c.__module__.startswith("callbacks.") and not c.__name__.startswith("_")]
+    return {c.__name__: c for c in sorted(found, key=lambda c: c.__name__)}
+
+
+def recipes() -> dict[str, type[LightningModule]]:
+    """Every recipe's LightningModule, by name of the recipe."""
+    found = {}
+    for name in read_cards():
+        text = (HOME / "recipes" / name / "__main__.py").read_text(encoding="utf-8")
+        module, _, cls = text.partition('run("')[2].partition('"')[0].rpartition(".")
+        found[name] = getattr(importlib.import_module(module), cls)
+    return found
+
+
+def technique(cls: type[Perturbation], **more: Any) -> Perturbation:
+    return cls(**{**TECHNIQUES.get(cls.__name__, {}), **more})
+
+
+def recipe(name: str, norm: bool = True, **more: Any) -> LightningModule:
+    """A small network of a recipe, the same each time; without ``norm`` batch norm is fixed, so rows are independent."""
+    cls = recipes()[name]
+    torch.manual_seed(1)
+    given = {**_SMALL, **RECIPES.get(name, {}), **more}
+    taken = {k for c in cls.__mro__ for k in inspect.signature(c.__init__).parameters}
+    module = cls(**{k: v for k, v in given.items() if k in taken})
+    if not norm:
+        for layer in module.modules():
+            if isinstance(layer, _NormBase):
+                layer.eval()
+    return module
+
+
+class Images(ImageDataModule):
+    """A few random images through the project's own loaders."""
+
+    def __init__(self, size: int = BATCH * STEPS, batch_size: int = BATCH) -> None:
+        super().__init__(batch_size, seed=7, translate=0.1)
+        self.size = size
+        self.num_classes, self.class_names, self.domain_names = CLASSES, ["a", "b", "c"], ["all"]
+        self.image_size = SIDE
+
+    def load(self, part: str) -> ImageSet:  # type: ignore[override]
+        g = torch.Generator().manual_seed({"train": 1, "val": 2, "test": 3}[part])
+        label = torch.arange(self.size) % CLASSES
+        images = torch.randint(0, 256, (self.size, 3, SIDE, SIDE), generator=g, dtype=torch.uint8)
+        return ImageSet(images, {"label": label, "domain": torch.zeros_like(label)})
+
+
+def trainer(*callbacks: Any, **options: Any) -> Trainer:
+    """A trainer as the command line makes it, without what is written to disk."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    usual = {"max_epochs": 1, "accelerator": "cpu", "use_distributed_sampler": False, "num_sanity_val_steps": 0}
+    return Trainer(**{**quiet, **usual, **options}, callbacks=[ExactResume(), *callbacks])
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters and buffers of the network, the techniques' own left out."""
+    state = module.state_dict()
+    return {name: value.clone() for name, value in state.items() if not name.startswith("perturbations.")}
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Names whose tensors are not equal to the last bit."""
+    return sorted(a.keys() ^ b.keys()) + [name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]

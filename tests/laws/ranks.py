@@ -1,0 +1,44 @@
+"""``python -m tests.laws.ranks FOLDER``: one of two ranks; runs every cell of law 4 and keeps what came out."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from callbacks.perturbation import Perturbation
+from recipes._run import quiet
+from tests.laws import cells, wrong
+from tests.laws.laws import one_process
+
+
+def wanted() -> dict[tuple[str, str], tuple[type[Perturbation], dict[str, Any]]]:
+    """(recipe, label) -> technique and its arguments; the label ends in ``!`` where two ranks must be one process."""
+    found: dict[tuple[str, str], tuple[type[Perturbation], dict[str, Any]]] = {}
+    for recipe in cells.recipes():
+        for name, cls in cells.techniques().items():
+            found[recipe, name] = (cls, {})
+            if cls.per_example is not None:
+                found[recipe, f"{name}!"] = (cls, dict(cls.per_example))
+    found["classifier", "WeightsOfItsOwnRank"] = (wrong.WeightsOfItsOwnRank, {})
+    found["classifier", "LooksAtItsRank!"] = (wrong.LooksAtItsRank, {})
+    return found
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    results: dict[tuple[str, str], Any] = {}
+    with quiet():
+        for (recipe, label), (cls, arguments) in wanted().items():
+            make = functools.partial(cells.technique, cls, **arguments)
+            results[recipe, label] = one_process(recipe, make, cells.BATCH, devices=2, strategy="ddp")
+    (folder / f"{os.environ['LOCAL_RANK']}.pkl").write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
