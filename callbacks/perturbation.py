@@ -162,9 +162,9 @@ class Perturbation(Callback):
     def normal(self, purpose: str, size: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
         """Standard normal numbers for the examples of this rank's batch, (size, *shape).
 
-        They are what one process would draw for the same examples: row i of rank r is row ``i * ranks + r`` of the whole
-        batch (which is how ``datamodules`` deals examples out). Every rank draws for all, so keep it to small shapes, and
-        use :meth:`generator` for whole images.
+        They are what one process would draw for the same examples: row i of rank r is row ``i * ranks + r`` of the
+        whole batch (which is how ``datamodules`` deals examples out). Every rank draws for all, so keep it to small
+        shapes, and use :meth:`generator` for whole images.
         """
         generator = self.generator(purpose, shared=True, device=device)
         return torch.randn(size * self._world, *shape, generator=generator, device=device)[self._rank :: self._world]
@@ -273,7 +273,8 @@ def crafting(module: nn.Module, mode: Mode = "train_frozen_bn", *, parameters: b
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices=[where] if device == "cuda" else []))
-        precision = getattr(getattr(module, "_trainer", None), "precision_plugin", None)  # .trainer raises if there is none
+        trainer = getattr(module, "_trainer", None)  # module.trainer raises where there is none
+        precision = getattr(trainer, "precision_plugin", None)
         if isinstance(precision, MixedPrecision) and not torch.is_autocast_enabled(device):
             stack.enter_context(precision.forward_context())
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
@@ -306,7 +307,7 @@ def crafting(module: nn.Module, mode: Mode = "train_frozen_bn", *, parameters: b
 
 
 def _unguarded_buffers(module: nn.Module) -> Iterator[Tensor]:
-    """Buffers that a pass in training mode may move, but for those of batch norm (spectral norm, instance norm, ...)."""
+    """Buffers that a pass in training mode may move (spectral norm, instance norm, ...), except batch norm's."""
     for submodule in module.modules():
         if submodule.training and not isinstance(submodule, _BatchNorm):
             yield from (b for b in submodule.buffers(recurse=False) if not b.is_inference())
@@ -404,5 +405,6 @@ def _match_scheduler(state: dict[str, Any], groups: int, source: list[int]) -> N
         if key == "_schedulers":
             for inner in value:
                 _match_scheduler(inner, groups, source)
-        elif isinstance(value, list) and len(value) == groups and (key.endswith("lrs") or key in ("_last_lr", "lr_lambdas")):
-            state[key] = [value[j] for j in source]
+        elif key.endswith("lrs") or key in ("_last_lr", "lr_lambdas"):
+            if isinstance(value, list) and len(value) == groups:
+                state[key] = [value[j] for j in source]
