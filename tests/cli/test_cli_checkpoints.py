@@ -94,7 +94,8 @@ def test_dry_run_of_a_resumed_run_leaves_it_alone(cli: Run, trained: Path) -> No
 
 def test_one_best_file_also_after_a_kill(cli: Run) -> None:
     """A ``best.ckpt`` that is newer than the ``last.ckpt`` a run goes on from is replaced, not joined by a second."""
-    cli("fit", "--trainer.max_epochs", 3, "--trainer.callbacks", "Explode", "--trainer.callbacks.step", 13)
+    killed = cli("fit", "--trainer.max_epochs", 3, "--trainer.callbacks", "Explode", "--trainer.callbacks.epoch", 1)
+    assert (checkpoint(killed.run, "best")["epoch"], checkpoint(killed.run, "last")["epoch"]) == (1, 0)
     result = cli("fit", "--ckpt_path", "last", "--trainer.callbacks", "null")
     assert result.code == 0, result.err
     assert sorted(f.name for f in (result.run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
@@ -133,6 +134,19 @@ def test_checkpoint_ranks_above_the_default_config(cli: Run, monkeypatch: pytest
     (tmp_path / "configs" / "toy" / "default.yaml").write_text("model: {width: 9, lr: 0.9}\ndata: ToyData\n")
     found = yaml.safe_load(cli("test", "--ckpt_path", "last", "--print_config").out)
     assert (found["model"]["width"], found["model"]["lr"]) == (7, 0.1)
+
+
+def test_where_runs_go_and_dry_runs_are_of_the_call_and_not_of_the_checkpoint(
+    cli: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained.parent.parent.rename(tmp_path / "moved")
+    file = tmp_path / "moved" / "toy" / trained.name / "checkpoints" / "last.ckpt"
+    result = cli("validate", "--ckpt_path", file, "--wandb", "off", raw=True)
+    assert result.code == 0, result.err
+    assert len(list((tmp_path / "runs" / "toy").iterdir())) == 1
+    text = cli("validate", "--ckpt_path", file, "--print_config", raw=True).out
+    assert yaml.safe_load(text)["trainer"]["default_root_dir"] == "runs"
 
 
 def test_weights_that_dont_fit_are_one_line(cli: Run, trained: Path) -> None:

@@ -263,7 +263,7 @@ def test_wandb_can_be_off(cli: Run, monkeypatch: pytest.MonkeyPatch, mode: str) 
         monkeypatch.setenv("WANDB_MODE", "disabled")
     result = cli("fit", wandb="auto" if mode == "disabled" else "off")
     assert result.code == 0 and not (result.run / "wandb").exists() and metrics(result.run)
-    assert "wandb sync" not in result.out
+    assert "wandb sync" not in result.out and result.err == ""
 
 
 @pytest.mark.parametrize(
