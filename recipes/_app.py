@@ -258,12 +258,14 @@ class RecipeCLI(LightningCLI):
         """Ours around the user's: the folder and the random streams first, the checkpoints last."""
         from callbacks.exact_resume import ExactResume
         from callbacks.nonfinite import StopOnNonFinite
+        from callbacks.report import Report
 
         chosen = config["callbacks"] or []
         chosen = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
-        has = {kind: any(isinstance(c, kind) for c in chosen) for kind in (ExactResume, StopOnNonFinite)}
+        has = {kind: any(isinstance(c, kind) for c in chosen) for kind in (ExactResume, Report, StopOnNonFinite)}
         result: list[Callback] = [SharedFolder(run), SignalsInForce(self._signals)]
         result += [] if has[ExactResume] else [ExactResume()]
+        result += [] if has[Report] else [Report()]
         result += chosen
         result += [] if has[StopOnNonFinite] else [StopOnNonFinite()]
         monitor, _ = getattr(self._model_class, "monitor", (None, "min"))

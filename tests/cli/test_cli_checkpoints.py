@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,11 +93,22 @@ def test_dry_run_of_a_resumed_run_leaves_it_alone(cli: Run, trained: Path) -> No
     assert {f: f.read_bytes() for f in trained.rglob("*") if f.is_file()} == before and result.run == trained
 
 
-def test_one_best_file_also_after_a_kill(cli: Run) -> None:
+def test_one_best_file_also_after_a_kill(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ``best.ckpt`` that is newer than the ``last.ckpt`` a run goes on from is replaced, not joined by a second."""
-    killed = cli("fit", "--trainer.max_epochs", 3, "--trainer.callbacks", "Explode", "--trainer.callbacks.epoch", 1)
+    from recipes._stop import LastCheckpoint
+
+    save = LastCheckpoint.save
+
+    def killed_in_epoch_1(self: LastCheckpoint, trainer: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise RuntimeError("killed")
+        save(self, trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LastCheckpoint, "save", killed_in_epoch_1)
+        killed = cli("fit", "--trainer.max_epochs", 3)
     assert (checkpoint(killed.run, "best")["epoch"], checkpoint(killed.run, "last")["epoch"]) == (1, 0)
-    result = cli("fit", "--ckpt_path", "last", "--trainer.callbacks", "null")
+    result = cli("fit", "--ckpt_path", "last")
     assert result.code == 0, result.err
     assert sorted(f.name for f in (result.run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     kept = cli("fit", "--ckpt_path", "best", "--trainer.max_epochs", 6, "--checkpoint.save_top_k", 2)

@@ -177,15 +177,10 @@ class Explode(Callback):
 
     Args:
         step: at the start of which optimizer step.
-        epoch: or at the end of which epoch, after its validation.
     """
 
-    def __init__(self, step: int = 0, epoch: int | None = None) -> None:
-        self.step, self.epoch = step if epoch is None else -1, epoch
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == self.epoch:
-            raise RuntimeError("boom")
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
 
     def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step:

@@ -1,0 +1,187 @@
+"""Pictures of a run: what the first step saw, how it learned, what it confuses; into ``plots/`` and to W&B."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: More classes than this are drawn without their names.
+NAMED = 40
+
+
+class Report(Callback):
+    """Draws into ``<run folder>/plots/`` on the first rank, nothing in a dry run. Stands before the techniques.
+
+    * ``inputs.png``: images of the first training batch and, where a technique changed them, what the step saw.
+    * ``curves.png``: losses and metrics over the epochs.
+    * ``test.png``: accuracy of each domain and the confusion matrix, of a module that after testing has ``confusion``:
+      counts (domains, classes, classes) with true classes in rows.
+
+    Args:
+        images: how many images of the first batch are drawn.
+    """
+
+    def __init__(self, images: int = 12) -> None:
+        if images < 1:
+            raise ValueError(f"images must be at least 1, not {images}")
+        self.images = images
+        self._batch: dict[str, Any] | None = None
+        self._clean: Tensor | None = None
+        self._seen: Tensor | None = None
+        self._titles: list[str] = []
+        self._history: dict[str, list[list[float]]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self._history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._history = state_dict["history"]
+
+    # ------------------------------------------------------------------ what is collected
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        first = trainer.global_step == 0 and batch_idx == 0
+        if not first or not _wanted(trainer) or not isinstance(batch, dict):
+            return
+        image = batch.get("image")
+        if isinstance(image, Tensor) and image.dim() == 4 and image.shape[1] in (1, 3):
+            self._batch, self._clean = batch, _shown(image[: self.images])
+            self._titles = _titles(pl_module, batch, len(self._clean))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._batch is not None:  # the first step: the techniques have put into the batch what the step saw
+            self._seen, self._batch = _shown(self._batch["image"][: self.images]), None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not _wanted(trainer):
+            return
+        for name, value in trainer.callback_metrics.items():
+            self._history.setdefault(name, []).append([trainer.current_epoch + 1, float(value)])
+        if self._clean is not None and self._seen is not None:
+            self._save(trainer, "inputs", draw_inputs(self._clean, self._seen, self._titles))
+            self._clean = self._seen = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _wanted(trainer) and self._history:
+            self._save(trainer, "curves", draw_curves(self._history))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        confusion = getattr(pl_module, "confusion", None)
+        if _wanted(trainer) and isinstance(confusion, Tensor) and confusion.dim() == 3 and bool(confusion.sum() > 0):
+            names = [list(getattr(pl_module, name, [])) for name in ("domain_names", "class_names")]
+            self._save(trainer, "test", draw_test(confusion.cpu(), *names))
+
+    def _save(self, trainer: Trainer, name: str, figure: Figure) -> None:
+        file = Path(trainer.default_root_dir) / "plots" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=110)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(f"plots/{name}", [str(file)])
+
+
+def _wanted(trainer: Trainer) -> bool:
+    return trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
+
+
+def _shown(image: Tensor) -> Tensor:
+    """A copy of images (N, C, H, W) as (N, H, W, 3) in [0, 1]."""
+    return image.detach().float().cpu().clamp(0, 1).nan_to_num().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).clone()
+
+
+def _titles(module: LightningModule, batch: dict[str, Any], count: int) -> list[str]:
+    """Class and domain of the first examples, as far as they are known."""
+    lines = []
+    for key, names in (("label", "class_names"), ("domain", "domain_names")):
+        known, values = list(getattr(module, names, [])), batch.get(key)
+        if isinstance(values, Tensor) and values.dim() == 1 and not values.is_floating_point():
+            lines.append([known[v] if 0 <= v < len(known) else str(v) for v in values[:count].tolist()])
+    return ["\n".join(parts) for parts in zip(*lines, strict=True)] if lines else [""] * count
+
+
+# ---------------------------------------------------------------------- drawing
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure that leaves pyplot and the user's choice of a backend alone."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_inputs(clean: Tensor, seen: Tensor, titles: list[str]) -> Figure:
+    """Images (N, H, W, 3) as they came, and below them what the step saw where that is something else."""
+    changed = not torch.equal(clean, seen)
+    columns = min(len(clean), 12)
+    blocks = math.ceil(len(clean) / columns)
+    rows = blocks * (2 if changed else 1)
+    figure = _figure(1.05 * columns, 1.45 * rows + 0.3)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, title in enumerate(titles):
+        block, column = divmod(i, columns)
+        row = block * (2 if changed else 1)
+        axes[row][column].imshow(clean[i].numpy(), interpolation="nearest")
+        axes[row][column].set_title(title, fontsize=7)
+        if changed:
+            axes[row + 1][column].imshow(seen[i].numpy(), interpolation="nearest")
+    figure.suptitle("first batch" + (": clean above, what the step saw below" if changed else ""), fontsize=9)
+    return figure
+
+
+def draw_curves(history: dict[str, list[list[float]]]) -> Figure:
+    """Losses on the left, all else on the right, over the epochs."""
+    groups = [{n: h for n, h in history.items() if ("loss" in n) == loss} for loss in (True, False)]
+    groups = [group for group in groups if group]
+    figure = _figure(4.6 * len(groups), 3.4)
+    for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        for name, points in sorted(group.items()):
+            epochs, values = zip(*points, strict=True)
+            axis.plot(epochs, values, "o-" if len(points) < 4 else "-", label=name, markersize=3)
+        axis.set_xlabel("epoch")
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_test(confusion: Tensor, domains: list[str], classes: list[str]) -> Figure:
+    """Accuracy of each domain that has images, and the confusion of all of them, rows scaled to one."""
+    count = confusion.shape[1]
+    known = classes if len(classes) == count else [str(i) for i in range(count)]
+    names = domains if len(domains) == len(confusion) else [str(i) for i in range(len(confusion))]
+    accuracy = {
+        name: float(c.diagonal().sum() / c.sum()) for name, c in zip(names, confusion, strict=True) if bool(c.sum() > 0)
+    }
+    side = min(max(4.0, 0.27 * count + 1.6), 9.0)
+    figure = _figure(4.4 + side, side)
+    left, right = figure.subplots(1, 2, width_ratios=(4.0, side))
+    bars = left.barh(list(accuracy), list(accuracy.values()), color="C0", height=0.6)
+    left.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+    left.invert_yaxis()
+    left.set_xlim(0, max(accuracy.values()) * 1.25 + 1e-3)
+    left.set_title("accuracy by domain", fontsize=10)
+    left.spines[["top", "right"]].set_visible(False)
+    total = confusion.sum(0).double()
+    shares = total / total.sum(1, keepdim=True).clamp_min(1)
+    image = right.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    if count <= NAMED:
+        right.set_xticks(range(count), known, rotation=90, fontsize=8)
+        right.set_yticks(range(count), known, fontsize=8)
+    right.set_xlabel("predicted")
+    right.set_ylabel("true")
+    right.set_title("confusion, all domains (rows add to 1)", fontsize=10)
+    figure.colorbar(image, ax=right, shrink=0.75)
+    return figure
