@@ -152,6 +152,7 @@ def draw_curves(history: dict[str, list[list[float]]]) -> Figure:
             epochs, values = zip(*points, strict=True)
             axis.plot(epochs, values, "o-" if len(points) < 4 else "-", label=name, markersize=3)
         axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     return figure

@@ -78,6 +78,8 @@ def _show_warning(message: Any, category: Any, filename: str, lineno: int, file:
 def quiet() -> Iterator[None]:
     """Within it only what a user can act on is shown: our lines, and warnings as one line without source code."""
     loggers = [logging.getLogger(name) for name in (*_OURS, *_LIGHTNING)]
+    fonts = logging.getLogger("matplotlib.font_manager")  # says that it builds its cache
+    fonts_were, fonts.disabled = fonts.disabled, True
     before = [(each, each.level, each.propagate, list(each.handlers)) for each in loggers]
     for each in loggers:
         console = _Console()
@@ -92,6 +94,7 @@ def quiet() -> Iterator[None]:
             warnings.showwarning = _show_warning
             yield
     finally:
+        fonts.disabled = fonts_were
         for each, level, propagate, handlers in before:
             each.setLevel(level)
             each.propagate = propagate
@@ -240,6 +243,8 @@ def report(run: Run) -> None:
         for name in ("best.ckpt", "last.ckpt"):
             if (run.checkpoints / name).is_file():
                 places.append((name.removesuffix(".ckpt"), _short(run.checkpoints / name)))
+        if any((run.folder / "plots").glob("*")):
+            places.append(("plots", _short(run.folder / "plots")))
         if run.wandb is not None and run.wandb._experiment is not None:
             if run.offline:
                 folder = Path(run.wandb.experiment.dir).parent
@@ -261,7 +266,7 @@ def report(run: Run) -> None:
                 table.add_row(*row)
             console.print(table)
         for name, place in places:  # one line each, however long: they are there to be copied
-            console.print(f"[cyan]{name:5}[/] {escape(place)}", soft_wrap=True)
+            console.print(f"[cyan]{name:6}[/] {escape(place)}", soft_wrap=True)
     for title, rows in (("metrics", metrics), ("where everything is", places)):
         if rows:
             log.info(f"{title}\n{_table(rows)}", extra={"console": not terminal})

@@ -46,7 +46,7 @@ class Net(LightningModule):
 
 
 class Learned(Perturbation):
-    """Adds a learned number to the image, through parameters of its own: something with tensors in the checkpoint."""
+    """Bends the image by a learned number: something with tensors in the checkpoint."""
 
     def __init__(self, size: int = 1, **schedule: Any) -> None:
         super().__init__(**schedule)
@@ -58,7 +58,8 @@ class Learned(Perturbation):
             own[self.name] = nn.ParameterDict({"offset": nn.Parameter(torch.full((self.size,), 0.5))})
 
     def perturb(self, module: LightningModule, batch: Batch) -> None:
-        batch["image"] = batch["image"] + module.perturbations[self.name]["offset"].sum()  # type: ignore[index,union-attr]
+        offset = module.perturbations[self.name]["offset"].sum()  # type: ignore[index,union-attr]
+        batch["image"] = batch["image"] + offset * batch["image"].square()
 
 
 class Notes(Perturbation):

@@ -44,11 +44,10 @@ class Drawing(Callback):
     on_train_epoch_start = on_validation_epoch_end = on_train_batch_end
 
 
-def fitted(*callbacks: Any, seed: int = 0, stream: int = 0, rank: int = 0, **options: Any) -> dict[Any, Any]:
+def fitted(*callbacks: Any, stream: int = 0, **options: Any) -> dict[Any, Any]:
     torch.manual_seed(stream)
     drawing = next(c for c in callbacks if isinstance(c, Drawing))
     runner = trainer(*callbacks, **{"max_epochs": 2, **options})
-    runner.strategy._local_rank = rank  # type: ignore[attr-defined]
     runner.fit(Net(), images(), images(2) if options.get("limit_val_batches") != 0 else None)
     return drawing.seen
 
@@ -127,8 +126,11 @@ class Skipping:
         self.skip = skip
 
     def __iter__(self) -> Any:
-        skip, self.skip = self.skip, 0
-        return iter(list(images())[skip:])
+        skip, self.skip = self.skip, 0  # at the first batch: Lightning makes an iterator that it doesn't use
+        yield from list(images())[skip:]
+
+    def __len__(self) -> int:
+        return 4
 
 
 def test_dropout_of_a_resumed_run_in_mid_epoch(tmp_path: Path) -> None:
@@ -140,7 +142,8 @@ def test_dropout_of_a_resumed_run_in_mid_epoch(tmp_path: Path) -> None:
     resumed = Net()
     torch.manual_seed(123)
     trainer(ExactResume(), Learned(), max_epochs=2).fit(resumed, Skipping(2), ckpt_path=file, weights_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    again = resumed.state_dict()
+    assert [n for n, v in whole.state_dict().items() if not torch.equal(v, again[n])] == []
 
 
 def test_alone_it_lets_a_checkpoint_open_that_had_a_technique(tmp_path: Path) -> None:

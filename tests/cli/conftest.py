@@ -96,8 +96,15 @@ def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     root = tmp_path / "runs"
 
     def call(
-        *words: object, raw: bool = False, data: bool = True, model: str = TOY, name: str = "toy", wandb: str = "off"
+        *words: object,
+        raw: bool = False,
+        data: bool = True,
+        model: str = TOY,
+        name: str = "toy",
+        wandb: str = "off",
+        pictures: bool = False,
     ) -> Result:
+        import callbacks.report
         import tests.cli.toy  # noqa: F401  (its classes are known by their short names, as those of callbacks/ are)
         from recipes._cli import run
 
@@ -111,7 +118,10 @@ def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
             argv = _class_first(argv)
         monkeypatch.setattr(sys, "argv", ["toyrun.py", *argv])
         capsys.readouterr()
-        code = run(model, name, argv)
+        with monkeypatch.context() as patched:
+            if not pictures:  # drawing takes longer than training
+                patched.setattr(callbacks.report.Report, "_save", lambda *_: None)
+            code = run(model, name, argv)
         out, err = capsys.readouterr()
         return Result(code, out, err, root)
 

@@ -99,15 +99,16 @@ def test_one_best_file_also_after_a_kill(cli: Run, monkeypatch: pytest.MonkeyPat
 
     save = LastCheckpoint.save
 
-    def killed_in_epoch_1(self: LastCheckpoint, trainer: Any) -> None:
-        if trainer.current_epoch == 1:
+    def killed_between_best_and_last(self: LastCheckpoint, trainer: Any) -> None:
+        if trainer.global_step == 12:
             raise RuntimeError("killed")
         save(self, trainer)
 
     with monkeypatch.context() as patched:
-        patched.setattr(LastCheckpoint, "save", killed_in_epoch_1)
-        killed = cli("fit", "--trainer.max_epochs", 3)
-    assert (checkpoint(killed.run, "best")["epoch"], checkpoint(killed.run, "last")["epoch"]) == (1, 0)
+        patched.setattr(LastCheckpoint, "save", killed_between_best_and_last)
+        killed = cli("fit", "--trainer.max_epochs", 2, "--last_every_n_steps", 10)
+    steps = [checkpoint(killed.run, name)["global_step"] for name in ("best", "last")]
+    assert steps == [12, 10]  # the last doesn't know of the best
     result = cli("fit", "--ckpt_path", "last")
     assert result.code == 0, result.err
     assert sorted(f.name for f in (result.run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]

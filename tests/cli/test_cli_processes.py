@@ -72,7 +72,8 @@ def test_newcomers_first_run_is_clean(command: Run, tmp_path: Path) -> None:
     result = command(*words, tmp_path / "runs")
     assert result.code == 0 and result.err == ""
     assert [line.split()[0] for line in result.out.splitlines()] == [
-        "toy:", "epoch", "metrics", "best", "test/acc", "train/loss", "val/acc", "where", "run", "best", "last", "W&B"
+        "toy:", "epoch", "metrics", "best", "test/acc", "train/loss", "val/acc",
+        "where", "run", "best", "last", "plots", "W&B",
     ]  # fmt: skip
     assert "\x1b" not in result.out
 
@@ -126,10 +127,14 @@ def test_two_ranks_share_a_folder_stop_together_and_go_on(command: Run, tmp_path
     assert int(config(b)["trainer"]["devices"]) == 2
 
     go_on = ("fit", "--ckpt_path", "last", "--trainer.callbacks", "null", "--trainer.default_root_dir", stopped)
-    ends = two_started_by_hand((*TWO_RANKS, "--trainer.default_root_dir", whole), go_on)
+    predict = ("predict", "--ckpt_path", "last", "--trainer.default_root_dir", whole)
+    ends = two_started_by_hand((*TWO_RANKS, "--trainer.default_root_dir", whole), go_on, predict)
     assert [(code, err) for code, _, err in ends] == [(0, ""), (0, "")]
     assert ends[0][1].count("epoch 1/2") == 1 and "2 ranks" in ends[0][1] and ends[1][1] == ""  # the first one speaks
-    (a,) = (whole / "toy").iterdir()
+    (prediction,) = (whole / "toy").glob("*/predictions-0.pt")
+    parts = [torch.load(prediction.with_name(f"predictions-{rank}.pt"), weights_only=True) for rank in range(2)]
+    assert [part["index"].tolist() for part in parts] == [list(range(32))] * 2  # the toy's test data isn't cut by rank
+    (a,) = (f for f in (whole / "toy").iterdir() if f != prediction.parent)
     assert {f.name for f in a.iterdir()} == {"config.yaml", "metrics.csv", "run.log", "plots", "checkpoints"}
     x, y = checkpoint(a), checkpoint(b)
     assert x["global_step"] == y["global_step"] == 12

@@ -28,13 +28,14 @@ def files(folder: Path) -> set[str]:
 
 
 def test_folder_of_a_run(cli: Run) -> None:
-    result = cli("fit", "--model.width", 24)
+    result = cli("fit", "--model.width", 24, pictures=True)
     assert result.code == 0 and result.err == ""
     assert re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{6}", result.run.name) and result.run.parent.name == "toy"
     assert files(result.run) == {
-        "config.yaml", "metrics.csv", "run.log", "checkpoints/best.ckpt", "checkpoints/last.ckpt"
+        "config.yaml", "metrics.csv", "run.log", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
+        "plots/inputs.png", "plots/curves.png", "plots/test.png",
     }  # fmt: skip
-    assert (result.run / "plots").is_dir()
+    assert f"plots  {result.run / 'plots'}" in result.out
 
 
 def test_two_runs_have_two_folders(cli: Run) -> None:
@@ -241,7 +242,7 @@ def test_wandb_logs_offline_without_account_network_or_question(cli: Run, monkey
     monkeypatch.setattr(socket, "create_connection", no_network)
     monkeypatch.setattr("builtins.input", no_network)
     begun = time.monotonic()
-    result = cli("fit", wandb="auto")
+    result = cli("fit", wandb="auto", pictures=True)
     assert result.code == 0 and result.err == "" and time.monotonic() - begun < 30
     (folder,) = result.run.glob("wandb/offline-run-*")
     assert f"wandb sync {folder}" in result.out
@@ -250,10 +251,10 @@ def test_wandb_logs_offline_without_account_network_or_question(cli: Run, monkey
     for record in records(result.run):
         for part in (record.config, record.run.config):
             logged |= {item.key: json.loads(item.value_json) for item in part.update}
-        history |= {item.key or "/".join(item.nested_key) for item in record.history.item}
+        history |= {item.key or item.nested_key[0] for item in record.history.item}
     assert logged["git_commit"].startswith(commit()) and logged["recipe"] == "toy"
     assert logged["model"]["width"] == 16 and logged["data"]["class_path"] == "tests.cli.toy.ToyData"
-    assert {"train/loss", "val/acc", "test/acc"} <= history
+    assert {"train/loss", "val/acc", "test/acc", "plots/inputs", "plots/curves", "plots/test"} <= history
     assert metrics(result.run)  # beside the CSV
 
 

@@ -150,6 +150,9 @@ class ToyNet(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def on_test_epoch_end(self) -> None:
+        self.confusion = torch.ones(2, self.head.out_features, self.head.out_features, dtype=torch.long)
+
     def _evaluate(self, stage: str, batch: dict[str, Tensor]) -> None:
         hit = (self.head(self.body(batch["image"])).argmax(1) == batch["label"]).float().mean()
         self.log(f"{stage}/acc", hit, batch_size=len(batch["label"]), sync_dist=True)

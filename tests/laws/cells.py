@@ -1,7 +1,8 @@
 """What the laws are applied to: every technique found in callbacks/ and every recipe found in recipes/, made small.
 
-A technique is taken with its default settings, and a recipe with a small network. Where that can't work, say how it is
-made small here, in one line; a recipe or technique that can't be built fails the tests, so it can't be forgotten.
+A technique is taken with its default settings, and a recipe with a small network on a few images. Where that can't
+work, say so here, in one line. It can't be forgotten: a recipe or technique that can't be built fails the tests, so does
+a recipe whose network is large, and a pair that doesn't go together has to be named and to say so itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -28,12 +29,16 @@ CLASSES, SIDE, BATCH, STEPS = 3, 32, 4, 3
 
 #: Arguments of recipes beside what all recipes with a backbone get (below), by name of the recipe.
 RECIPES: dict[str, dict[str, Any]] = {}
+#: The DataModule's class of recipes that aren't trained on images (below: Images), by name of the recipe.
+DATA: dict[str, type[LightningDataModule]] = {}
 #: Arguments of techniques that can't do without, by class name.
 TECHNIQUES: dict[str, dict[str, Any]] = {}
+#: (recipe, technique) that don't go together, and a part of what the technique then says (a ValueError).
+APART: dict[tuple[str, str], str] = {("classifier", "NeedsAttention"): "no attention"}
 
 _SMALL: dict[str, Any] = {
     "backbone": "resnet10t",
-    "backbone_args": {"channels": (8, 8, 16, 16), "stem_width": 8},
+    "backbone_args": {"channels": (8, 8, 16, 16), "stem_width": 8, "drop_rate": 0.2},
     "num_classes": CLASSES,
     "image_size": SIDE,
     "lr": 0.05,
@@ -70,18 +75,29 @@ def technique(cls: type[Perturbation], **more: Any) -> Perturbation:
     return cls(**{**TECHNIQUES.get(cls.__name__, {}), **more})
 
 
-def recipe(name: str, norm: bool = True, **more: Any) -> LightningModule:
-    """A small network of a recipe, the same each time; without ``norm`` batch norm is fixed, so rows are independent."""
+def recipe(name: str, *, norm: bool = True, drop: bool = True, **more: Any) -> LightningModule:
+    """A small network of a recipe, the same each time.
+
+    Without ``norm`` batch norm is fixed, so rows are independent; without ``drop`` there is no dropout, so a step draws
+    nothing beside what techniques draw.
+    """
     cls = recipes()[name]
     torch.manual_seed(1)
     given = {**_SMALL, **RECIPES.get(name, {}), **more}
     taken = {k for c in cls.__mro__ for k in inspect.signature(c.__init__).parameters}
     module = cls(**{k: v for k, v in given.items() if k in taken})
-    if not norm:
-        for layer in module.modules():
-            if isinstance(layer, _NormBase):
-                layer.eval()
+    for layer in module.modules():
+        if isinstance(layer, _NormBase) and not norm:
+            layer.eval()
+        for rate in ("p", "drop_rate", "drop_prob"):  # torch's and timm's names
+            if not drop and isinstance(getattr(layer, rate, None), float):
+                setattr(layer, rate, 0.0)
     return module
+
+
+def data(name: str, **more: Any) -> LightningDataModule:
+    """A few batches for a recipe."""
+    return DATA.get(name, Images)(**more)
 
 
 class Images(ImageDataModule):

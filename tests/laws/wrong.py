@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from callbacks.layers import backbone_of
 from callbacks.perturbation import Batch, Perturbation, crafting
@@ -35,6 +36,61 @@ class ChangesTheBatch(Perturbation):
 
     def perturb(self, module: LightningModule, batch: Batch) -> None:
         batch["image"].add_(0.1)
+
+
+class MovesRunningMeans(Perturbation):
+    """Crafts in plain training mode and turns the count of batches back: only the statistics tell."""
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+        with torch.no_grad():
+            module.loss(batch)
+            for norm in norms:
+                norm.num_batches_tracked.sub_(1)  # type: ignore[union-attr]
+
+
+class LeavesEvaluationMode(Perturbation):
+    """Crafts in evaluation mode, and puts all of the network in training mode afterwards."""
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        module.eval()
+        with torch.no_grad():
+            module.loss(batch)
+        module.train()
+
+
+class FreezesParameters(Perturbation):
+    """Turns gradients off to craft, and all of them on again."""
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        module.requires_grad_(False)
+
+    def restore(self, module: LightningModule) -> None:
+        module.requires_grad_(True)
+
+
+class LeavesAHook(Perturbation):
+    """Hangs a hook on the network in each step and doesn't take it off."""
+
+    site = "features"
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        backbone_of(module).register_full_backward_hook(lambda *_: None)
+
+
+class KeepsItsHookAfterAnError(Perturbation):
+    """Takes its hook off only at the regular end."""
+
+    site = "features"
+
+    def attach(self, module: LightningModule) -> None:
+        self.handle = backbone_of(module).register_forward_hook(lambda *_: None)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.handle.remove()
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        pass
 
 
 class ForgetsToRestore(Perturbation):
@@ -78,6 +134,19 @@ class NotNothingAtZero(Perturbation):
         batch["image"] = (batch["image"] + self.sigma).clamp(0.1, 1.0)
 
 
+class DrawsAtZero(Perturbation):
+    """Draws from torch's own stream at any strength: the step's dropout is another than without it."""
+
+    zero = {"sigma": 0.0}
+
+    def __init__(self, sigma: float = 0.1, **schedule: Any) -> None:
+        super().__init__(**schedule)
+        self.sigma = sigma
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        batch["image"] = batch["image"] + self.sigma * torch.randn_like(batch["image"])
+
+
 class OnAtEvaluation(Perturbation):
     """A hook that doesn't ask whether the network trains."""
 
@@ -91,6 +160,19 @@ class OnAtEvaluation(Perturbation):
 
     def perturb(self, module: LightningModule, batch: Batch) -> None:
         """The hook is always on."""
+
+
+class MovesWeightsAtEvaluation(Perturbation):
+    """Perturbs in validation's hooks too, where nothing restores; and by so little that no result tells."""
+
+    site = "weights"
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        pass
+
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        with torch.no_grad():
+            next(backbone_of(pl_module).parameters())[0, 0, 0, 0] += 1e-6
 
 
 class WeightsOfItsOwnRank(Perturbation):
@@ -114,6 +196,21 @@ class LooksAtItsRank(Perturbation):
         batch["image"] = batch["image"] + noise
 
 
+class LeavesAParameterUnused(Perturbation):
+    """Its parameter takes part in every other step's graph only: plain DDP stops."""
+
+    site = "features"
+
+    def attach(self, module: LightningModule) -> None:
+        own = self.own(module)
+        if self.name not in own:
+            own[self.name] = nn.ParameterDict({"gain": nn.Parameter(torch.ones(()))})
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        if self._step[1] % 2:
+            batch["image"] = batch["image"] * module.perturbations[self.name]["gain"]  # type: ignore[index,union-attr]
+
+
 class ForgetsWhenResumed(Perturbation):
     """Counts steps in Python, outside the checkpoint."""
 
@@ -122,6 +219,20 @@ class ForgetsWhenResumed(Perturbation):
     def perturb(self, module: LightningModule, batch: Batch) -> None:
         self.count += 1
         batch["image"] = batch["image"] * (1 - 0.05 * self.count)
+
+
+class ForgetsThatItBegan(LeavesAParameterUnused):
+    """Sets its parameter from the first batch, and keeps in Python that it did: a resumed run sets it again."""
+
+    begun = False
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        gain = module.perturbations[self.name]["gain"]  # type: ignore[index,union-attr]
+        if not self.begun:
+            with torch.no_grad():
+                gain.copy_(1 + batch["image"].mean())
+            self.begun = True
+        batch["image"] = batch["image"] * gain
 
 
 class DrawsGlobally(Perturbation):
@@ -153,3 +264,24 @@ class Float64(Perturbation):
 
     def perturb(self, module: LightningModule, batch: Batch) -> None:
         batch["image"] = batch["image"].double()
+
+
+class HangsLate(Perturbation):
+    """Hangs its hook on a layer in the middle of the network when the step begins: a compiled graph doesn't see it."""
+
+    site = "features"
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        self.handle = backbone_of(module).layer1.register_forward_hook(lambda *a: 2 * a[2])  # type: ignore[union-attr]
+
+    def restore(self, module: LightningModule) -> None:
+        self.handle.remove()
+
+
+class NeedsAttention(Perturbation):
+    """Plugs into nothing without attention, and says so."""
+
+    site = "attention"
+
+    def attach(self, module: LightningModule) -> None:
+        raise ValueError(f"{type(backbone_of(module)).__name__} has no attention to perturb")

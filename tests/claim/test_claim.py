@@ -1,0 +1,184 @@
+"""The claim runner: its statistics against numbers worked out elsewhere, and its bookkeeping with a stand-in command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recipes import _claim
+from recipes._claim import Claim, ClaimError, compare, last_value, read, run_claim, summary, t_interval, verdict
+
+FAKE = """
+import csv, pathlib, sys, time
+words = sys.argv[1:]
+value = lambda name: words[words.index(name) + 1]
+if "--fail" in words: sys.exit("it went wrong")
+if "--wait" in words: time.sleep(60)
+folder = pathlib.Path(value("--trainer.default_root_dir")) / "fake" / "run"
+folder.mkdir(parents=True, exist_ok=True)
+gain = float(value("--gain")) if "--gain" in words else 0.0
+seed = int(value("--seed_everything"))
+with (folder / "metrics.csv").open("w", newline="") as f:
+    rows = csv.writer(f)
+    rows.writerows([["step", "val/acc", "test/acc"], [1, 0.3, ""], [2, "", 0.5 + 0.01 * seed + gain * (1 + 0.1 * seed)], [3, 0.4, ""]])
+count = folder.parent.parent / "count"
+count.write_text(count.read_text() + "x" if count.exists() else "x")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``python -m recipes.fake fit`` is a script that writes metrics.csv."""
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+    original = _claim.cells
+
+    def cells(claim: Claim, out: Path) -> list[_claim.Cell]:
+        found = original(claim, out)
+        for cell in found:
+            cell.command[1:4] = [str(script)]
+        return found
+
+    monkeypatch.setattr(_claim, "cells", cells)
+    return tmp_path
+
+
+def claim(**more: object) -> Claim:
+    arms = {"plain": _claim.Arm("fake"), "ours": _claim.Arm("fake", ["--gain", "0.1"]), "other": _claim.Arm("fake")}
+    usual = {"recipe": "fake", "claim": "ours is better", "metric": "test/acc", "baseline": "plain", "technique": "ours"}
+    return Claim(**{**usual, "arms": arms, "seeds": [1, 2, 3, 4, 5], **more})  # type: ignore[arg-type]
+
+
+def test_interval_against_a_printed_table() -> None:
+    # mean 3, sd sqrt(2.5), n 5; Student's t at 97.5 % with 4 degrees of freedom is 2.776445 in any table
+    mean, low, high = t_interval([1, 2, 3, 4, 5])
+    assert (mean, low, high) == pytest.approx((3, 3 - 2.776445 * (2.5 / 5) ** 0.5, 3 + 2.776445 * (2.5 / 5) ** 0.5), abs=1e-5)
+    with pytest.raises(ClaimError, match="two seeds"):
+        t_interval([1.0])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "margin", "wanted"),
+    [
+        (0.01, 0.2, 0.0, "supported"),
+        (-0.01, 0.2, 0.0, "inconclusive"),
+        (-0.2, -0.01, 0.0, "not supported"),
+        (0.01, 0.2, 0.05, "inconclusive"),
+        (0.01, 0.04, 0.05, "not supported"),
+        (0.0, 0.2, 0.0, "inconclusive"),
+    ],
+)
+def test_verdict(low: float, high: float, margin: float, wanted: str) -> None:
+    assert verdict(low, high, margin) == wanted
+
+
+def test_differences_are_paired_and_follow_the_direction() -> None:
+    results = {
+        "plain": dict(zip(range(1, 6), [0.1, 0.5, 0.9, 0.2, 0.4], strict=True)),
+        "ours": dict(zip(range(1, 6), [0.2, 0.61, 0.99, 0.31, 0.49], strict=True)),
+        "other": dict.fromkeys(range(1, 6), 0.5),
+    }
+    first, *rest = compare(claim(), results)
+    assert (first.arm, first.over, first.verdict) == ("ours", "plain", "supported")  # unpaired it would drown
+    assert first.mean == pytest.approx(0.1) and first.low > 0.08
+    assert [(d.arm, d.over) for d in rest] == [("other", "plain"), ("ours", "other")]
+    assert compare(claim(direction="min"), results)[0].verdict == "not supported"
+
+
+def test_a_claim_is_run_recorded_and_not_run_again(fake: Path) -> None:
+    said: list[str] = []
+    result = run_claim(claim(), fake / "out", 2, said.append)
+    assert result["verdict"] == "supported"
+    assert result["results"]["ours"][2] == pytest.approx(0.5 + 0.02 + 0.12)
+    assert result["differences"][0]["mean"] == pytest.approx(0.13)
+    assert len([line for line in said if "seed" in line and "eta" in line]) == 15
+    written = json.loads((fake / "out" / "result.json").read_text())
+    assert written["verdict"] == "supported" and (fake / "out" / "plot.png").stat().st_size > 5000
+    assert "| ours over plain | +0.1300 [" in (fake / "out" / "table.md").read_text()
+    run_claim(claim(), fake / "out", 2, said.append)
+    counts = [f.read_text() for f in (fake / "out").rglob("count")]
+    assert counts == ["x"] * 15, "a finished cell was trained again"
+    arms = {**claim().arms, "ours": _claim.Arm("fake", ["--gain", "0.0"])}
+    assert run_claim(claim(arms=arms), fake / "out", 2, said.append)["differences"][0]["mean"] == 0.0
+    assert "| fake | ours is better |" in summary([result])
+
+
+def test_another_source_is_trained_again(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_claim(claim(), fake / "out", 2, lambda line: None)
+    monkeypatch.setattr(_claim, "source_version", lambda: "another")
+    run_claim(claim(), fake / "out", 2, lambda line: None)
+    assert {f.read_text() for f in (fake / "out").rglob("count")} == {"xx"}
+
+
+def test_a_cell_that_fails_says_what_it_said(fake: Path) -> None:
+    arms = {**claim().arms, "ours": _claim.Arm("fake", ["--fail"])}
+    with pytest.raises(ClaimError, match=r"ours, seed \d ended with 1: it went wrong .command: .*--fail"):
+        run_claim(claim(arms=arms), fake / "out", 1, lambda line: None)
+
+
+def test_a_metric_that_is_not_logged_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ClaimError, match="no 'test/acc'"):
+        last_value(tmp_path, "test/acc")
+
+
+def test_claims_that_cannot_be_decided_are_refused(tmp_path: Path) -> None:
+    good = yaml.safe_load((_claim.CONFIGS / "advstyle" / "claim.yaml").read_text())
+    for change, message in (
+        ({"technique": "nobody"}, "there is no arm 'nobody'; there are: ERM"),
+        ({"direction": "up"}, "max or min"),
+        ({"arms": {"ERM": {}}}, "is no claim"),
+        ({"colour": "red"}, "is no claim"),
+    ):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / "claim.yaml").write_text(yaml.safe_dump({**good, **change}))
+        with pytest.raises(ClaimError, match=message):
+            read("x", tmp_path)
+    with pytest.raises(ClaimError, match="did you mean 'x'"):
+        read("xx", tmp_path)
+
+
+@pytest.mark.parametrize("recipe", _claim.claimed())
+def test_every_claim_of_the_project_is_one(recipe: str) -> None:
+    found = read(recipe)
+    assert len(set(found.seeds)) >= 5 and len(found.arms) >= 3
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["nobody"], ["advstyle", "--all"], ["advstyle", "--jobs", "0"], ["advstyle", "--seeds", "1"]):
+        assert _claim.main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and "Traceback" not in said and len(said.splitlines()) <= 2
+
+
+def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
+    (tmp_path / "fake.py").write_text(FAKE)
+    code = f"""
+import sys, pathlib
+from recipes import _claim
+original = _claim.cells
+def cells(claim, out):
+    found = original(claim, out)
+    for cell in found: cell.command[1:4] = [{str(tmp_path / "fake.py")!r}]
+    return found
+_claim.cells = cells
+arm = _claim.Arm("fake", ["--wait"])
+_claim.read = lambda name: _claim.Claim("fake", "c", "test/acc", "a", "b", {{"a": arm, "b": arm}}, [1, 2])
+sys.exit(_claim.main(["fake", "--jobs", "2", "--out", {str(tmp_path / "out")!r}]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(100):
+        time.sleep(0.1)
+        if len(list((tmp_path / "out").rglob("output.txt"))) == 2:
+            break
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in err
