@@ -85,7 +85,7 @@ def layer_shapes(module: LightningModule, layers: dict[str, nn.Module]) -> dict[
 
     handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
     try:
-        with crafting(module, "eval"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with crafting(module, "eval"), torch.no_grad():
             module(example.to(module.device))
     finally:
         for handle in handles:

@@ -13,7 +13,6 @@ from torch import Tensor
 EPS = 1e-6
 
 
-
 def feature_statistics(x: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each example's channels.
 

@@ -387,12 +387,11 @@ class AdvStyle(DSU):
     def _initialise(self, module: LightningModule, batch: Batch) -> None:
         """Set theta to the spread of clean styles over the first batch, the batches of all ranks taken as one."""
         layers = list(self.hung(module).values())
-        devices = [module.device] if module.device.type == "cuda" else []
         for layer in layers:
             layer.measured = []
         try:
-            with crafting(module, "train"), torch.no_grad(), torch.random.fork_rng(devices=devices):
-                module.loss(batch)
+            with crafting(module, "train"), torch.no_grad():
+                cast(Any, module).loss(batch)
             for layer in layers:
                 theta = torch.stack([spread_over_ranks(s) for s in layer.measured[-1]])
                 if not theta.isfinite().all():

@@ -129,7 +129,9 @@ class DomainBenchmark(ImageDataModule):
         """Images in one folder per class, classes numbered in the order of their names, as everybody does."""
         names = sorted(p.name for p in folder.iterdir() if p.is_dir())
         if len(names) != self.num_classes:
-            raise ValueError(f"{folder} has {len(names)} folders, but {type(self).__name__} has {self.num_classes} classes")
+            raise ValueError(
+                f"{folder} has {len(names)} folders, but {type(self).__name__} has {self.num_classes} classes"
+            )
         return [Entry(file, label) for label, name in enumerate(names) for file in self._images(folder / name)]
 
     def _images(self, folder: Path) -> Iterator[Path]:
@@ -151,7 +153,9 @@ class DomainBenchmark(ImageDataModule):
                 )
             for entry in self.entries(domain, part):
                 if not 0 <= entry.label < self.num_classes:
-                    raise ValueError(f"{entry.file}: class {entry.label}, but {type(self).__name__} has {self.num_classes}")
+                    raise ValueError(
+                        f"{entry.file}: class {entry.label}, but {type(self).__name__} has {self.num_classes}"
+                    )
                 files.append(entry.file)
                 labels.append(entry.label)
                 domains.append(number)
@@ -212,9 +216,9 @@ class OfficeHome(DomainBenchmark):
 
     domains = ("Art", "Clipart", "Product", "Real World")
     classes = tuple(
-        "Alarm_Clock Backpack Batteries Bed Bike Bottle Bucket Calculator Calendar Candles Chair Clipboards Computer Couch "
-        "Curtains Desk_Lamp Drill Eraser Exit_Sign Fan File_Cabinet Flipflops Flowers Folder Fork Glasses Hammer Helmet "
-        "Kettle Keyboard Knives Lamp_Shade Laptop Marker Monitor Mop Mouse Mug Notebook Oven Pan Paper_Clip Pen Pencil "
+        "Alarm_Clock Backpack Batteries Bed Bike Bottle Bucket Calculator Calendar Candles Chair Clipboards Computer "
+        "Couch Curtains Desk_Lamp Drill Eraser Exit_Sign Fan File_Cabinet Flipflops Flowers Folder Fork Glasses Hammer "
+        "Helmet Kettle Keyboard Knives Lamp_Shade Laptop Marker Monitor Mop Mouse Mug Notebook Oven Pan Paper_Clip Pen Pencil "
         "Postit_Notes Printer Push_Pin Radio Refrigerator Ruler Scissors Screwdriver Shelf Sink Sneakers Soda Speaker "
         "Spoon TV Table Telephone ToothBrush Toys Trash_Can Webcam".split()
     )
@@ -259,7 +263,7 @@ class DomainNet(DomainBenchmark):
     the targets test. Give workers: the images don't fit in memory. Classes go by their numbers in the lists.
     """
 
-    domains = ("real", "clipart", "infograph", "painting", "quickdraw", "sketch")
+    domains: ClassVar[tuple[str, ...]] = ("real", "clipart", "infograph", "painting", "quickdraw", "sketch")
     classes = tuple(str(i) for i in range(345))
     layout = "<domain>/<class>/*.jpg and splits/<domain>_{train,test}.txt"
     source = "http://ai.bu.edu/M3SDA/ (cleaned version)"

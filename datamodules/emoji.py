@@ -15,8 +15,9 @@ from datamodules.images import ImageDataModule, ImageSet, choose
 
 FOLDER = Path(__file__).parent / "embedded" / "emoji"
 STYLES = ("noto", "twemoji", "fluent", "openmoji", "fluent_mono")
-CLASSES = (
-    "aquatic bird bug building clock clothing face hand heart mammal meal person plant produce sport tool vehicle".split()
+CLASSES = tuple(
+    "aquatic bird bug building clock clothing face hand heart mammal meal person plant produce sport tool "
+    "vehicle".split()
 )
 
 
@@ -74,7 +75,9 @@ class EmojiDomains(ImageDataModule):
             raise ValueError(f"image_size must be at least 8, not {image_size}")
         both = [STYLES[i] for i in self.targets if i in self.sources]
         if concepts == "known" and both:
-            raise ValueError(f"with known concepts, '{both[0]}' can't be source and target: it would test on training images")
+            raise ValueError(
+                f"with known concepts, '{both[0]}' can't be source and target: it would test on training images"
+            )
         self.concepts = concepts
         self.image_size = image_size
         self.num_classes, self.class_names, self.domain_names = len(CLASSES), list(CLASSES), list(STYLES)
@@ -130,13 +133,27 @@ class EmojiRetrieval(EmojiDomains):
         eval_batch_size: int | None = None,
     ) -> None:
         super().__init__(
-            sources, targets, "unseen", image_size, batch_size, num_workers, seed, flip, translate, transform, eval_batch_size
+            sources,
+            targets,
+            "unseen",
+            image_size,
+            batch_size,
+            num_workers,
+            seed,
+            flip,
+            translate,
+            transform,
+            eval_batch_size,
         )
         if len(self.sources) < 2:
-            raise ValueError("retrieval is trained on at least two source styles: of one there is one drawing per concept")
+            raise ValueError(
+                "retrieval is trained on at least two source styles: of one there is one drawing per concept"
+            )
         both = [STYLES[i] for i in self.targets if i in self.sources]
         if both:
-            raise ValueError(f"'{both[0]}' can't be source and target: its drawings would be found in the gallery as they are")
+            raise ValueError(
+                f"'{both[0]}' can't be source and target: its drawings would be found in the gallery as they are"
+            )
         with np.load(FOLDER / "concepts.npz") as arrays:
             self.class_names = arrays["concept"][arrays["split"] == "train"].tolist()
         self.num_classes = len(self.class_names)

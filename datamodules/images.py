@@ -1,8 +1,8 @@
-"""What every image DataModule shares: decoding once, batched augmentation, and an order of the data that resumes exactly.
+"""What every image DataModule shares: decoding once, batched augmentation, an order of the data that resumes exactly.
 
-A batch is a dict: ``image`` float32 (B, C, H, W) in [0, 1], ``label``, ``domain`` and ``index`` int64 (B,), and what the
-dataset adds. What an example looks like depends on (seed, epoch, index) and on nothing else: not on the rank, not on
-the number of loader workers, not on what was drawn before.
+A batch is a dict: ``image`` float32 (B, C, H, W) in [0, 1], ``label``, ``domain`` and ``index`` int64 (B,), and what
+the dataset adds. What an example looks like depends on (seed, epoch, index) and on nothing else: not on the rank, the
+number of loader workers or what was drawn before.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ def _progress(what: str, total: int) -> Any:
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     bar = Progress(
-        *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), transient=True, disable=total < 2000
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        transient=True,
+        disable=total < 2000,
     )
     bar.add_task(what, total=total)
     return bar
@@ -133,7 +137,11 @@ class ImageSet(Dataset[dict[str, Tensor]]):
                 bar.advance(bar.task_ids[0])
         if bad:
             bad.sort()
-            log.warning("left out %d files that can't be read as images: %s", len(bad), ", ".join(str(files[i]) for i in bad[:5]))
+            log.warning(
+                "left out %d files that can't be read as images: %s",
+                len(bad),
+                ", ".join(str(files[i]) for i in bad[:5]),
+            )
             good = torch.ones(len(files), dtype=torch.bool)
             good[bad] = False
             self.entries = {name: values[good] for name, values in self.entries.items()}
@@ -150,7 +158,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """The batch of these draws; torch's loader calls this once a batch."""
-        index = torch.tensor([draw.index for draw in draws])
+        index = torch.tensor([draw.position for draw in draws])
         if self.images is not None:
             images = self.images[index]
         else:
@@ -349,10 +357,12 @@ class ImageDataModule(LightningDataModule):
             return {}
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         epoch = self.trainer.current_epoch
-        done = progress.current.processed
+        done = progress.current.processed  # type: ignore[attr-defined]  # declared as a narrower class
         if progress.is_last_batch or done >= len(self._order):
             return {"epoch": epoch + 1, "consumed": 0}
         return {"epoch": epoch, "consumed": done * self._order.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumed = {"epoch": int(state_dict["epoch"]), "consumed": int(state_dict["consumed"])} if state_dict else None
+        self._resumed = (
+            {"epoch": int(state_dict["epoch"]), "consumed": int(state_dict["consumed"])} if state_dict else None
+        )

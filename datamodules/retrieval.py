@@ -53,7 +53,7 @@ def market1501(root: Path, part: Part) -> list[Person]:
 
 
 def msmt17(root: Path, part: Part) -> list[Person]:
-    """MSMT17 (Wei et al., CVPR 2018), V1 or V2 (faces masked), by its lists; list_val is not trained on, as is the custom.
+    """MSMT17 (Wei et al., CVPR 2018), V1 or V2 (faces masked), by its lists; as is the custom, list_val is left out.
 
     Raises:
         FileNotFoundError: naming the folder or list that is missing.
@@ -138,14 +138,18 @@ class _Persons(ImageDataModule):
     def _read(self, name: str, part: Part) -> list[Person]:
         found, wanted = _READ[name](self.root, part), self.counts[name][part]
         if len(found) != wanted:
-            raise ValueError(f"{name} has {wanted} images for '{part}', but {len(found)} are in {self.root}: fetch it again")
+            raise ValueError(
+                f"{name} has {wanted} images for '{part}', but {len(found)} are in {self.root}: fetch it again"
+            )
         return found
 
     def _training(self, part: str) -> ImageSet:
         people = self._read(self.trained_on, "train")
         _, label = np.unique([p.person for p in people], return_inverse=True)
         if label.max() + 1 != self.num_classes:
-            raise ValueError(f"{self.trained_on} has {self.num_classes} training persons, but {label.max() + 1} are there")
+            raise ValueError(
+                f"{self.trained_on} has {self.num_classes} training persons, but {label.max() + 1} are there"
+            )
         held = np.zeros(len(people), dtype=bool)
         rng = np.random.default_rng(1501)
         for person in range(self.num_classes):

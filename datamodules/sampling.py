@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ class Draw(NamedTuple):
     """One example of one epoch: what augmentation depends on, beside the seed."""
 
     epoch: int
-    index: int
+    position: int
 
 
 def ranks() -> tuple[int, int]:
@@ -86,7 +87,7 @@ class EvalBatches(Sampler[list[Draw]]):
 
     Args:
         size: examples in the set; at least one per rank.
-        batch_size: the largest batch per rank.
+        batch_size: the largest batch per rank (of 1, two where the ranks' shares differ).
         rank: of this process; asked of torch.distributed if omitted.
         world: number of ranks; likewise.
     """
@@ -97,7 +98,7 @@ class EvalBatches(Sampler[list[Draw]]):
         world = here[1] if world is None else world
         if size < world:
             raise ValueError(f"{size} images can't be shared by {world} ranks: evaluate on fewer")
-        batches = -(-(-(-size // world)) // batch_size)
+        batches = math.ceil(math.ceil(size / world) / batch_size)
         own = np.arange(rank, size, world)
         self.batches = [part.tolist() for part in np.array_split(own, min(batches, size // world))]
 

@@ -81,7 +81,9 @@ def read(recipe: str, folder: Path = CONFIGS) -> Claim:
         raise ClaimError(f"'{recipe}' has no claim ({file} is not there); {tip}")
     try:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
-        arms = {name: Arm(arm["recipe"], [str(a) for a in arm.get("args") or []]) for name, arm in given["arms"].items()}
+        arms = {
+            name: Arm(arm["recipe"], [str(a) for a in arm.get("args") or []]) for name, arm in given["arms"].items()
+        }
         claim = Claim(**{**given, "recipe": recipe, "arms": arms})
     except (TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise ClaimError(f"{file} is no claim: {' '.join(str(error).split())}") from error
@@ -252,7 +254,8 @@ class Trainer:
         if code:
             said = (cell.folder / "output.txt").read_text(encoding="utf-8").strip().splitlines()[-3:]
             raise ClaimError(
-                f"{cell.arm}, seed {cell.seed} ended with {code}: {' / '.join(said)} (command: {shlex.join(cell.command)})"
+                f"{cell.arm}, seed {cell.seed} ended with {code}: {' / '.join(said)} "
+                f"(command: {shlex.join(cell.command)})"
             )
         record = {"command": cell.command[1:], "version": self.version, "seconds": round(time.monotonic() - begun, 1)}
         record["value"] = last_value(cell.folder, self.metric)
@@ -303,7 +306,14 @@ def table(claim: Claim, results: dict[str, dict[int, float]], differences: Seque
         mean = math.fsum(values) / len(values)
         sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
         rows.append([name, *(f"{v:.3f}" for v in values), f"{mean:.3f}", f"{sd:.3f}"])
-    lines = [f"Claim: {claim.claim}", "", f"`{claim.metric}`:", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
+    lines = [
+        f"Claim: {claim.claim}",
+        "",
+        f"`{claim.metric}`:",
+        "",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
     lines += ["| difference | mean [95 % interval] | verdict |", "| -- | -- | -- |"]
     lines += [f"| {d.arm} over {d.over} | {d} | {d.verdict} |" for d in differences]
     return "\n".join([*lines, "", f"Verdict: **{differences[0].verdict}**"])
@@ -385,18 +395,24 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         means = ", ".join(f"{arm} {math.fsum(v.values()) / len(v):.3f}" for arm, v in r["results"].items())
         seeds = len(next(iter(r["results"].values())))
         gain = r["differences"][0]["text"]
-        lines.append(f"| {r['recipe']} | {r['claim']} | `{r['metric']}`: {means} | {gain} | {seeds} | **{r['verdict']}** |")
+        lines.append(
+            f"| {r['recipe']} | {r['claim']} | `{r['metric']}`: {means} | {gain} | {seeds} | **{r['verdict']}** |"
+        )
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
     """``python -m recipes claim``. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m recipes claim", description="train the arms of a claim on paired seeds")
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes claim", description="train the arms of a claim on paired seeds"
+    )
     parser.add_argument("recipe", nargs="?", help="whose claim")
     parser.add_argument("--all", action="store_true", help="every recipe's, and one table of all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings side by side (default: cores)")
     parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the claim's")
-    parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder for results (default: runs/claims)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/claims"), help="folder for results (default: runs/claims)"
+    )
     args = parser.parse_args(argv)
     if args.all == bool(args.recipe):
         return fail("name one recipe, or --all", f"python -m recipes claim {(claimed() or ['<name>'])[0]}")

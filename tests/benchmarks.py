@@ -143,7 +143,9 @@ def published_efdmix(x: Tensor, _: Any = None) -> Tensor:
     return (flat + (other - flat.detach()) * (1 - lam)).view_as(x)
 
 
-def step(module: LightningModule, optimizer: torch.optim.Optimizer, batch: Any, technique: Perturbation | None) -> float:
+def step(
+    module: LightningModule, optimizer: torch.optim.Optimizer, batch: Any, technique: Perturbation | None
+) -> float:
     """Seconds of one step."""
     begun = time.perf_counter()
     if technique is not None:
@@ -175,7 +177,13 @@ def kept(module: LightningModule, batch: Any) -> int:
 
 
 def technique_ratios(
-    make: Callable[[], Perturbation], published: Callable[..., Tensor], learned: bool, batch: int, net: str, size: int, n: int
+    make: Callable[[], Perturbation],
+    published: Callable[..., Tensor],
+    learned: bool,
+    batch: int,
+    net: str,
+    size: int,
+    n: int,
 ) -> tuple[list[float], list[float], float, float]:
     """Step time over the plain step's, ours and the published arithmetic's, and memory likewise."""
     plain = classifier(net, size)

@@ -4,8 +4,8 @@ The claim: a network trained on one domain classifies unseen domains better when
 of each channel) of its features is shifted, in training, by noise whose intensity per channel is learned by gradient
 reversal to make the loss large.
 
-The technique itself is the callback ``callbacks.style.AdvStyle`` and plugs into every recipe; what is here is what it is
-trained and tested on: classification of images from other domains, and the paper's second task, retrieval of the same
+The technique itself is the callback ``callbacks.style.AdvStyle`` and plugs into every recipe; what is here is what it
+is trained and tested on: classification of images from other domains, and the paper's second task, retrieval of the same
 instance across domains (person re-identification).
 
 Where code and paper differ we follow the code, which is a mixture of identity, DSU and AdvStyle by thirds for
@@ -171,9 +171,9 @@ class DomainGeneralizer(Classifier):
         """The values of all ranks, (ranks * n, ...), where ranks may hold different numbers of them."""
         if self.trainer.world_size == 1:
             return values
-        sizes = self.all_gather(torch.tensor(len(values), device=self.device)).tolist()
+        sizes = torch.as_tensor(self.all_gather(torch.tensor(len(values), device=self.device))).tolist()
         padded = F.pad(values, [0, 0] * (values.dim() - 1) + [0, max(sizes) - len(values)])
-        return torch.cat([part[:n] for part, n in zip(self.all_gather(padded), sizes, strict=True)])
+        return torch.cat([part[:n] for part, n in zip(torch.as_tensor(self.all_gather(padded)), sizes, strict=True)])
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         if self.hparams["task"] == "classification":

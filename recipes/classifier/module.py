@@ -68,6 +68,7 @@ class Classifier(LightningModule):
     """
 
     monitor = ("val/acc", "max")
+    backbone: Any
     mean: Tensor
     std: Tensor
 
@@ -115,7 +116,9 @@ class Classifier(LightningModule):
     def setup(self, stage: str) -> None:
         if self.hparams["channels_last"]:
             self.backbone.to(memory_format=torch.channels_last)  # the first convolution lays the images out likewise
-        if self.hparams["compile"]:  # after the techniques have hung their hooks: a compiled graph doesn't see later ones
+        if self.hparams[
+            "compile"
+        ]:  # after the techniques have hung their hooks: a compiled graph doesn't see later ones
             self.backbone.compile()
 
     def forward(self, image: Tensor) -> Tensor:

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from callbacks import style
 from callbacks.statistics import Shift, Unused
-from callbacks.style import adversarial_style, batch_spread, dsu, efdmix, feature_statistics, gradient_reversal, mixstyle
+from callbacks.style import (
+    adversarial_style,
+    batch_spread,
+    dsu,
+    efdmix,
+    feature_statistics,
+    gradient_reversal,
+    mixstyle,
+)
 
 EPS = 1e-6
 SHAPES = [(4, 3, 5, 6), (2, 1, 1, 2), (3, 7, 8, 8), (4, 9, 5), (2, 2, 3)]

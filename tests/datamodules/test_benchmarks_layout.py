@@ -64,10 +64,19 @@ def domainnet(root: Path, cls: type[DomainNet], splits: str) -> None:
 BUILD: dict[type[DomainBenchmark], Any] = {
     PACS: (pacs, {"photo": 21, "art_painting": 21, "cartoon": 21, "sketch": 22}),
     VLCS: (lambda root: folders(root, VLCS, ("train", "crossval", "test"), list("01234")), {}),
-    OfficeHome: (lambda root: folders(root, OfficeHome, (".",), list(OfficeHome.classes), 10), dict.fromkeys(OfficeHome.domains, 650)),
-    DigitsDG: (lambda root: folders(root, DigitsDG, ("train", "val"), list("0123456789")), dict.fromkeys(DigitsDG.domains, 40)),
+    OfficeHome: (
+        lambda root: folders(root, OfficeHome, (".",), list(OfficeHome.classes), 10),
+        dict.fromkeys(OfficeHome.domains, 650),
+    ),
+    DigitsDG: (
+        lambda root: folders(root, DigitsDG, ("train", "val"), list("0123456789")),
+        dict.fromkeys(DigitsDG.domains, 40),
+    ),
     DomainNet: (lambda root: domainnet(root, DomainNet, "splits"), dict.fromkeys(DomainNet.domains, 9)),
-    MiniDomainNet: (lambda root: domainnet(root, MiniDomainNet, "splits_mini"), dict.fromkeys(MiniDomainNet.domains, 9)),
+    MiniDomainNet: (
+        lambda root: domainnet(root, MiniDomainNet, "splits_mini"),
+        dict.fromkeys(MiniDomainNet.domains, 9),
+    ),
 }
 PUBLISHED = {PACS: 9991, OfficeHome: 15588, DigitsDG: 24000, DomainNet: 586575, MiniDomainNet: 140006}
 every = pytest.mark.parametrize("cls", BUILD, ids=lambda c: c.__name__)
@@ -120,11 +129,15 @@ def test_labels_follow_the_release(cls: type[DomainBenchmark], tree: Path) -> No
     assert examples.files is not None
     for file, label in zip(examples.files, examples.entries["label"].tolist(), strict=True):
         name = file.parent.name
-        assert name == (f"class_{label:03}" if name.startswith("class_") else cls.classes[label] if cls is not VLCS else str(label))
+        assert name == (
+            f"class_{label:03}" if name.startswith("class_") else cls.classes[label] if cls is not VLCS else str(label)
+        )
 
 
 @every
-def test_an_incomplete_download_is_named(cls: type[DomainBenchmark], tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_download_is_named(
+    cls: type[DomainBenchmark], tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if cls.counts:
         monkeypatch.setattr(cls, "counts", {cls.domains[0]: 999})
         with pytest.raises(ValueError, match=rf"{cls.__name__} has 999 images of '{cls.domains[0]}', but \d+ are in"):
@@ -154,7 +167,9 @@ def test_domains_that_cannot_be_are_refused(cls: type[DomainBenchmark]) -> None:
         cls(".", sources=[], **SMALL)
 
 
-def test_pacs_leaves_the_faulty_image_out_and_tests_on_all_of_a_domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pacs_leaves_the_faulty_image_out_and_tests_on_all_of_a_domain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pacs(tmp_path)
     monkeypatch.setattr(PACS, "counts", BUILD[PACS][1])
     data = PACS(str(tmp_path), sources=["sketch"], targets=["photo"], **SMALL)
@@ -172,7 +187,9 @@ def test_office_home_holds_out_the_same_tenth_of_each_class(tmp_path: Path, monk
     assert len(first.part("train")) == 9 * 65
 
 
-def test_a_corrupt_image_is_named_or_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_corrupt_image_is_named_or_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pacs(tmp_path)
     monkeypatch.setattr(PACS, "counts", BUILD[PACS][1])
     bad = tmp_path / "kfold" / "photo" / "dog" / "0.jpg"

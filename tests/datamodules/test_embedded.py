@@ -21,7 +21,12 @@ def test_files_have_their_checksums_and_each_style_its_licence() -> None:
     for line in lines:
         wanted, name = line.split()
         assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == wanted, name
-    texts = {"noto": "Apache License", "twemoji": "Attribution 4.0", "openmoji": "ShareAlike 4.0", "fluent": "MIT License"}
+    texts = {
+        "noto": "Apache License",
+        "twemoji": "Attribution 4.0",
+        "openmoji": "ShareAlike 4.0",
+        "fluent": "MIT License",
+    }
     for style, text in texts.items():
         assert text in (FOLDER / f"LICENSE.{style}").read_text()
     readme = (FOLDER / "README.md").read_text()

@@ -1,8 +1,8 @@
 """What the laws are applied to: every technique found in callbacks/ and every recipe found in recipes/, made small.
 
 A technique is taken with its default settings, and a recipe with a small network on a few images. Where that can't
-work, say so here, in one line. It can't be forgotten: a recipe or technique that can't be built fails the tests, so does
-a recipe whose network is large, and a pair that doesn't go together has to be named and to say so itself.
+work, say so here, in one line. It can't be forgotten: a recipe or technique that can't be built fails the tests, so
+does a recipe whose network is large, and a pair that doesn't go together has to be named and to say so itself.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def techniques() -> dict[str, type[Perturbation]]:
     for module in pkgutil.iter_modules(callbacks.__path__):
         if not module.name.startswith("_"):
             importlib.import_module(f"callbacks.{module.name}")
-    found = [c for c in _below(Perturbation) if c.__module__.startswith("callbacks.") and not c.__name__.startswith("_")]
+    public = [c for c in _below(Perturbation) if not c.__name__.startswith("_")]
+    found = [c for c in public if c.__module__.startswith("callbacks.")]
     return {c.__name__: c for c in sorted(found, key=lambda c: c.__name__)}
 
 
@@ -118,8 +119,9 @@ class Images(ImageDataModule):
 
 def trainer(*callbacks: Any, **options: Any) -> Trainer:
     """A trainer as the command line makes it, without what is written to disk."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    usual = {"max_epochs": 1, "accelerator": "cpu", "use_distributed_sampler": False, "num_sanity_val_steps": 0}
+    parts = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    quiet: dict[str, Any] = dict.fromkeys((*parts, "use_distributed_sampler"), False)
+    usual = {"max_epochs": 1, "accelerator": "cpu", "num_sanity_val_steps": 0}
     return Trainer(**{**quiet, **usual, **options}, callbacks=[ExactResume(), *callbacks])
 
 

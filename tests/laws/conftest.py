@@ -24,10 +24,11 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    common["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "tests.laws.ranks", str(folder)]
     root = Path(__file__).parents[2]
     running = [
-        subprocess.Popen(command, cwd=root, env={**common, "LOCAL_RANK": str(r), "RANK": str(r), "OMP_NUM_THREADS": "1"})
+        subprocess.Popen(command, cwd=root, env={**common, "LOCAL_RANK": str(r), "RANK": str(r)})
         for r in range(2)
     ]
     try:

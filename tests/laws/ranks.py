@@ -16,7 +16,6 @@ from recipes._run import quiet
 from tests.laws import cells, right, wrong
 from tests.laws.laws import one_process
 
-
 #: Beside what is found in callbacks/, on the classifier.
 OURS = (right.Nothing, right.AscendInput, right.AscendWeights)
 WRONG = (wrong.WeightsOfItsOwnRank, wrong.LooksAtItsRank, wrong.LeavesAParameterUnused)

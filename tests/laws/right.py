@@ -1,7 +1,7 @@
 """Techniques that keep every law, at the sites where callbacks/ may have none: the laws must let them pass.
 
-They are held to the laws on the classifier like the techniques of callbacks/, so that pairs of an input, a feature and a
-weight perturbation are always among what is tried, and so is a recipe without any technique.
+They are held to the laws on the classifier like the techniques of callbacks/, so that pairs of an input, a feature and
+a weight perturbation are always among what is tried. ``Nothing`` is tried on every recipe.
 """
 
 from __future__ import annotations

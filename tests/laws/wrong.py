@@ -64,8 +64,6 @@ class FreezesParameters(Perturbation):
 
     def perturb(self, module: LightningModule, batch: Batch) -> None:
         module.requires_grad_(False)
-
-    def restore(self, module: LightningModule) -> None:
         module.requires_grad_(True)
 
 
@@ -91,6 +89,18 @@ class KeepsItsHookAfterAnError(Perturbation):
 
     def perturb(self, module: LightningModule, batch: Batch) -> None:
         pass
+
+
+class AddsToTheGradient(Perturbation):
+    """Adds a gradient of its own after the backward pass."""
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        pass
+
+    def restore(self, module: LightningModule) -> None:
+        for parameter in backbone_of(module).parameters():
+            if parameter.grad is not None:
+                parameter.grad += 0.01
 
 
 class ForgetsToRestore(Perturbation):
@@ -267,15 +277,35 @@ class Float64(Perturbation):
 
 
 class HangsLate(Perturbation):
-    """Hangs its hook on a layer in the middle of the network when the step begins: a compiled graph doesn't see it."""
+    """Hangs its hook on a layer in the middle of the network in some steps: a compiled graph doesn't see it."""
+
+    site = "features"
+    handle: Any = None
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        if self._step[1] > 0:
+            layer = backbone_of(module).layer1
+            self.handle = layer.register_forward_hook(lambda *a: 2 * a[2])  # type: ignore[operator,union-attr]
+
+    def restore(self, module: LightningModule) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+
+class ViewsItsFeatures(Perturbation):
+    """Takes features to lie in memory as (B, C, H, W)."""
 
     site = "features"
 
-    def perturb(self, module: LightningModule, batch: Batch) -> None:
-        self.handle = backbone_of(module).layer1.register_forward_hook(lambda *a: 2 * a[2])  # type: ignore[union-attr]
+    def attach(self, module: LightningModule) -> None:
+        layer = backbone_of(module).layer1
+        self.handle = layer.register_forward_hook(lambda *a: a[2].view(-1).view(a[2].shape))  # type: ignore[operator,union-attr]
 
-    def restore(self, module: LightningModule) -> None:
+    def detach(self, module: LightningModule) -> None:
         self.handle.remove()
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        pass
 
 
 class NeedsAttention(Perturbation):

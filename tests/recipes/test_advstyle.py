@@ -50,7 +50,11 @@ def test_an_image_of_the_same_camera_is_no_hit() -> None:
     gallery = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.6]])
     labels, cameras = torch.tensor([3, 3, 4]), torch.tensor([0, 1, 1])
     rank1, precision, count = retrieval_scores(one, gallery, torch.tensor([3]), labels, torch.tensor([0]), cameras)
-    assert (rank1, precision, count) == (0.0, 0.5, 1)  # the twin of camera 0 is left out, label 4 comes before the other
+    assert (rank1, precision, count) == (
+        0.0,
+        0.5,
+        1,
+    )  # the twin of camera 0 is left out, label 4 comes before the other
     rank1, precision, _ = retrieval_scores(one, gallery, torch.tensor([3]), labels)
     assert rank1 == 1.0 and precision == pytest.approx((1 + 2 / 3) / 2)
 
@@ -94,7 +98,12 @@ def test_retrieval_on_emoji_reports_each_target(tmp_path) -> None:  # type: igno
         assert is_query.sum() == 129 and (~is_query).sum() == 258
         label, camera = everything["label"][chosen].numpy(), everything["camera"][chosen].numpy()
         wanted = plain_scores(
-            embedded[is_query], embedded[~is_query], label[is_query], label[~is_query], camera[is_query], camera[~is_query]
+            embedded[is_query],
+            embedded[~is_query],
+            label[is_query],
+            label[~is_query],
+            camera[is_query],
+            camera[~is_query],
         )
         assert found[f"test/rank1_{name}"] == pytest.approx(wanted[0], abs=0.02)  # ties and float32
         assert found[f"test/map_{name}"] == pytest.approx(wanted[1], abs=0.02)

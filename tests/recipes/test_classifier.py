@@ -18,7 +18,12 @@ SMALL = {"backbone": "resnet10t", "backbone_args": {"channels": (8, 8, 16, 16), 
 
 
 def trainer(**options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return Trainer(**{**quiet, "max_epochs": 1, "accelerator": "cpu", **options})
 
 

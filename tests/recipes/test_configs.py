@@ -54,5 +54,6 @@ def test_a_recipe_has_a_full_card_a_default_and_a_sweep(recipe: str) -> None:
 
 
 def test_names_of_a_recipe_come_lazily() -> None:
-    code = "import sys, recipes.advstyle, recipes.classifier; assert 'torch' not in sys.modules; recipes.advstyle.DomainGeneralizer"
+    code = "import sys, recipes.advstyle, recipes.classifier; assert 'torch' not in sys.modules"
+    code += "; recipes.advstyle.DomainGeneralizer"
     subprocess.run([sys.executable, "-c", code], check=True)
