@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -418,6 +419,13 @@ def main(argv: list[str]) -> int:
         return fail("name one recipe, or --all", f"python -m recipes claim {(claimed() or ['<name>'])[0]}")
     if args.jobs < 1 or (args.seeds and len(set(args.seeds)) < 2):
         return fail("--jobs must be at least 1, and --seeds at least two different ones")
+    received: list[int] = []
+
+    def end(signum: int, frame: object) -> None:
+        received.append(signum)
+        raise KeyboardInterrupt
+
+    before = {signum: signal.signal(signum, end) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         claims = [read(recipe) for recipe in (claimed() if args.all else [args.recipe])]
         results = []
@@ -429,6 +437,9 @@ def main(argv: list[str]) -> int:
             print(summary(results))
     except ClaimError as error:
         return fail(str(error))
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt:  # the children have been ended
+        return 128 + (received or [signal.SIGINT])[0]
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     return 0

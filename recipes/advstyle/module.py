@@ -5,7 +5,7 @@ of each channel) of its features is shifted, in training, by noise whose intensi
 reversal to make the loss large.
 
 The technique itself is the callback ``callbacks.style.AdvStyle`` and plugs into every recipe; what is here is what it
-is trained and tested on: classification of images from other domains, and the paper's second task, retrieval of the same
+is trained and tested on: classification of images from other domains, and the second task, retrieval of the same
 instance across domains (person re-identification).
 
 Where code and paper differ we follow the code, which is a mixture of identity, DSU and AdvStyle by thirds for

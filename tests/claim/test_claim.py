@@ -21,7 +21,7 @@ import csv, pathlib, sys, time
 words = sys.argv[1:]
 value = lambda name: words[words.index(name) + 1]
 if "--fail" in words: sys.exit("it went wrong")
-if "--wait" in words: time.sleep(60)
+if "--wait" in words: pathlib.Path("waiting").touch(); time.sleep(60); pathlib.Path("waited").touch()
 folder = pathlib.Path(value("--trainer.default_root_dir")) / "fake" / "run"
 folder.mkdir(parents=True, exist_ok=True)
 gain = float(value("--gain")) if "--gain" in words else 0.0
@@ -167,9 +167,10 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert said.startswith("error: ") and "Traceback" not in said and len(said.splitlines()) <= 2
 
 
-def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_children(tmp_path: Path, signum: int, code: int) -> None:
     (tmp_path / "fake.py").write_text(FAKE)
-    code = f"""
+    program = f"""
 import sys, pathlib
 from recipes import _claim
 original = _claim.cells
@@ -182,12 +183,12 @@ arm = _claim.Arm("fake", ["--wait"])
 _claim.read = lambda name: _claim.Claim("fake", "c", "test/acc", "a", "b", {{"a": arm, "b": arm}}, [1, 2])
 sys.exit(_claim.main(["fake", "--jobs", "2", "--out", {str(tmp_path / "out")!r}]))
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(100):
         time.sleep(0.1)
         if len(list((tmp_path / "out").rglob("output.txt"))) == 2:
             break
     time.sleep(0.5)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signum)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.returncode == code and "Traceback" not in err

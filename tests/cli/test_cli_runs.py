@@ -238,10 +238,10 @@ def records(run: Path) -> list[Any]:
 def finished_records(run: Path, seconds: float = 30) -> list[Any]:
     """Those of a run that has ended: W&B's own process writes the last of them a moment later."""
     end = time.monotonic() + seconds
-    while not any(record.WhichOneof("record_type") == "exit" for record in (found := records(run))):
-        assert time.monotonic() < end, [record.WhichOneof("record_type") for record in found]
+    while "exit" not in {record.WhichOneof("record_type") for record in records(run)}:
+        assert time.monotonic() < end
         time.sleep(0.1)
-    return found
+    return records(run)
 
 
 def test_wandb_logs_offline_without_account_network_or_question(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
