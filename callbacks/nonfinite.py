@@ -80,7 +80,8 @@ class StopOnNonFinite(Callback):
             bad = torch.empty(1, pin_memory=True).copy_(bad, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._suspect = _Suspect(bad, arrived, reduction, loss, self._batch, place)
+        batch = dict(self._batch) if isinstance(self._batch, dict) else self._batch  # its entries are put back soon
+        self._suspect = _Suspect(bad, arrived, reduction, loss, batch, place)
 
     def _check(self, trainer: Trainer) -> None:
         """Read what became of the step before."""

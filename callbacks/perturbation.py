@@ -5,7 +5,8 @@ One training step, with everything a technique may rely on::
     on_train_batch_start   every active Perturbation: perturb(module, batch)    in the order of SITES, then list order
     training_step          the recipe's forward and loss see the perturbed batch, features, weights, ...
     backward
-    on_after_backward      every active Perturbation: restore(module)           last in, first out
+    on_after_backward      every active Perturbation: restore(module)           last in, first out; then the
+                           batch gets its entries back
     optimizer.step         a plain update from the perturbed gradient
 
 What a technique gets from here and need not write again: the schedule (``every_n_steps``, ``start_epoch``,
@@ -118,6 +119,7 @@ class Perturbation(Callback):
         self._step: tuple[int, int] = (0, 0)  # epoch and batch of the step in hand
         self._rank, self._world = 0, 1
         self._perturbed: list[Perturbation] = []  # used by the first technique of the trainer, which drives them all
+        self._given: tuple[Batch, dict[str, Any]] | None = None  # the batch, and its entries before the step
 
     @property
     def state_key(self) -> str:
@@ -204,6 +206,7 @@ class Perturbation(Callback):
             return
         if not isinstance(batch, MutableMapping):
             raise ValueError(f"{type(self).__name__} needs batches that are dicts, not {type(batch).__name__}")
+        self._given = (batch, dict(batch))
         for technique in sorted(techniques, key=lambda c: SITES.index(c.site)):
             technique._step = (trainer.current_epoch, batch_idx)
             if technique.active(trainer):
@@ -212,6 +215,11 @@ class Perturbation(Callback):
 
     def _restore_all(self, module: LightningModule) -> None:
         with ExitStack() as last_in_first_out:  # goes on with the others where one raises
+            if self._given is not None:
+                batch, entries = self._given
+                last_in_first_out.callback(batch.update, entries)
+                last_in_first_out.callback(batch.clear)
+                self._given = None
             for technique in self._perturbed:
                 last_in_first_out.callback(technique.restore, module)
             self._perturbed = []

@@ -16,7 +16,7 @@ What we do differently from the released codes, and why:
 * The choice identity / DSU / AdvStyle is drawn alike on all ranks and every parameter takes part in every step's graph,
   so plain DDP works (theirs stops with "expected to have finished reduction").
 * Statistics are float32 under any precision; a batch of one, or a 1x1 map, has no spread and is left out.
-* One fused pass forward and one backward (``_Shift``) in place of six: the same numbers, a good deal faster.
+* One pass forward and one backward (``callbacks.statistics.Shift``) in place of six: the same numbers, much faster.
 """
 
 from __future__ import annotations
@@ -111,9 +111,13 @@ class MixLayer(StyleLayer):
         self.lam = self.permutation = torch.empty(0)
 
     def restyle(self, x: Tensor) -> Tensor:
-        if len(x) != len(self.lam):  # a permutation holds for the batch that it was drawn for
+        lam, permutation, views = self.lam, self.permutation, len(x) // len(self.lam)
+        if len(x) != views * len(lam):  # a part of the batch: the partners aren't all there
             return x
-        return self.mix(x, self.permutation, self.lam)
+        if views > 1:  # several views in one batch: a partner of the same view
+            first = torch.arange(views, device=x.device) * len(lam)
+            lam, permutation = lam.repeat(views), (first[:, None] + permutation).flatten()
+        return self.mix(x, permutation, lam)
 
 
 class ShiftLayer(StyleLayer):
@@ -357,9 +361,9 @@ class AdvStyle(DSU):
         strength: float = 1.0,
         **schedule: Any,
     ) -> None:
-        super().__init__(layers, p_dsu, per_sample, strength, **schedule)
         if min(p_identity, p_dsu) < 0 or p_identity + p_dsu > 1 + 1e-9:
             raise ValueError(f"p_identity and p_dsu must be chances, together at most 1, not {p_identity} and {p_dsu}")
+        super().__init__(layers, p_dsu, per_sample, strength, **schedule)
         if variant not in ("full", "direction"):
             raise ValueError(f"variant must be full or direction, not '{variant}'")
         self.adv_weight, self.variant = adv_weight, variant
@@ -386,7 +390,8 @@ class AdvStyle(DSU):
 
     def _initialise(self, module: LightningModule, batch: Batch) -> None:
         """Set theta to the spread of clean styles over the first batch, the batches of all ranks taken as one."""
-        layers = list(self.hung(module).values())
+        # those of a checkpoint stay as they were learned
+        layers = [layer for layer in self.hung(module).values() if not layer.initialised]
         for layer in layers:
             layer.measured = []
         try:

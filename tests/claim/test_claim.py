@@ -1,4 +1,4 @@
-"""The claim runner: its statistics against numbers worked out elsewhere, and its bookkeeping with a stand-in command."""
+"""The claim runner: statistics against numbers worked out elsewhere, bookkeeping with a stand-in command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import csv, pathlib, sys, time
 words = sys.argv[1:]
 value = lambda name: words[words.index(name) + 1]
 if "--fail" in words: sys.exit("it went wrong")
-if "--wait" in words: pathlib.Path("waiting").touch(); time.sleep(60); pathlib.Path("waited").touch()
+if "--wait" in words: time.sleep(60)
 folder = pathlib.Path(value("--trainer.default_root_dir")) / "fake" / "run"
 folder.mkdir(parents=True, exist_ok=True)
 gain = float(value("--gain")) if "--gain" in words else 0.0
@@ -183,12 +183,13 @@ arm = _claim.Arm("fake", ["--wait"])
 _claim.read = lambda name: _claim.Claim("fake", "c", "test/acc", "a", "b", {{"a": arm, "b": arm}}, [1, 2])
 sys.exit(_claim.main(["fake", "--jobs", "2", "--out", {str(tmp_path / "out")!r}]))
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
     for _ in range(100):
         time.sleep(0.1)
         if len(list((tmp_path / "out").rglob("output.txt"))) == 2:
             break
     time.sleep(0.5)
     os.kill(process.pid, signum)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=20)  # it waits for its children, which would sleep for a minute
     assert process.returncode == code and "Traceback" not in err

@@ -118,10 +118,9 @@ def test_two_ranks_share_a_folder_stop_together_and_go_on(command: Run, tmp_path
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     # only the first rank gets the signal, in the middle of the second epoch (6 steps each)
     words = ("--trainer.callbacks", "Signal", "--trainer.callbacks.step", 7, "--trainer.callbacks.name", "SIGTERM")
-    begun = time.monotonic()
     result = command(*TWO_RANKS, "--trainer.default_root_dir", stopped, *words)
     assert result.code == 143 and result.out.count("stopped by SIGTERM") == 1, result.err
-    assert time.monotonic() - begun < 60 and not still_running(str(stopped))
+    assert not still_running(str(stopped))
     (b,) = (stopped / "toy").iterdir()
     assert checkpoint(b)["global_step"] in (8, 9, 10)
     assert int(config(b)["trainer"]["devices"]) == 2

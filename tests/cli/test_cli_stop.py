@@ -153,7 +153,7 @@ def test_ctrl_c_saves_and_ends_the_process_with_130(tmp_path: Path) -> None:
     wait_for(process, "epoch 1/1000")
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "stopping at the next complete step" in err and "Traceback" not in err
     (run,) = (root / "toy").iterdir()
@@ -162,12 +162,13 @@ def test_ctrl_c_saves_and_ends_the_process_with_130(tmp_path: Path) -> None:
 
 
 def test_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
-    process = start(tmp_path / "runs", "--model.wait", 30, "--trainer.max_epochs", 1)
-    wait_for(process, "ToyNet")
-    time.sleep(1.5)  # in the first, long step
+    words = ("--model.wait", 60, "--trainer.max_epochs", 1, "--trainer.num_sanity_val_steps", 0)
+    process = start(tmp_path / "runs", *words, "--trainer.callbacks", "Noise")
+    wait_for(process, "sigma is")  # said when training starts
+    time.sleep(1)  # in the first, long step
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=5)
+    process.communicate(timeout=20)
     assert process.returncode == 130

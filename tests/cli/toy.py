@@ -231,4 +231,4 @@ class Noise(Callback):
         self.sigma = sigma
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        print(f"sigma is {self.sigma}")
+        print(f"sigma is {self.sigma}", flush=True)

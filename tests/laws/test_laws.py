@@ -139,7 +139,7 @@ def test_4_two_ranks_are_one(recipe: str, name: str, two_ranks: Any) -> None:
 def test_4_bites(two_ranks: Any) -> None:
     with pytest.raises(AssertionError, match="different weights"):
         laws.two_ranks_agree(two_ranks("classifier", "WeightsOfItsOwnRank"))
-    with pytest.raises(AssertionError, match="plain DDP stops: .*finished reduction"):
+    with pytest.raises(AssertionError, match="plain DDP stops: .*parameters that were not used"):
         laws.two_ranks_agree(two_ranks("classifier", "LeavesAParameterUnused"))
     laws.two_ranks_agree(two_ranks("classifier", "LooksAtItsRank!"))
     with pytest.raises(AssertionError, match="one process's"):
@@ -183,9 +183,9 @@ def test_6_bites() -> None:
 
 
 def compiled(backbone: torch.nn.Module) -> None:
-    """Traced and taken apart into forward and backward graphs as for a GPU, but not turned into machine code."""
+    """Traced as one graph, as for a GPU, but not turned into machine code, which takes long."""
     torch._dynamo.reset()
-    backbone.compile(backend="aot_eager")
+    backbone.compile(backend="eager", fullgraph=True)
 
 
 def channels_last(backbone: torch.nn.Module) -> None:
@@ -206,7 +206,7 @@ def test_7_precision_clipping_and_layout(recipe: str, name: str) -> None:
 
 @every
 def test_7_compiled(recipe: str, name: str) -> None:
-    laws.same_in(recipe, make(name), 1e-3, compiled)
+    laws.same_in(recipe, make(name), 1e-3, compiled, limit_val_batches=0)  # validation would be traced anew
 
 
 @every
@@ -223,5 +223,5 @@ def test_7_bites() -> None:
         laws.same_in("classifier", make("Float64"), 0.1, precision="bf16-mixed")
     with pytest.raises(AssertionError, match="stops: .*view"):
         laws.same_in("classifier", make("ViewsItsFeatures"), 1e-3, channels_last)
-    with pytest.raises(AssertionError, match="losses differ"):
-        laws.same_in("classifier", make("HangsLate"), 1e-3, compiled)
+    with pytest.raises(AssertionError, match="stops: .*branching"):
+        laws.same_in("classifier", make("BranchesOnData"), 1e-3, compiled)

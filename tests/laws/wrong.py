@@ -276,20 +276,20 @@ class Float64(Perturbation):
         batch["image"] = batch["image"].double()
 
 
-class HangsLate(Perturbation):
-    """Hangs its hook on a layer in the middle of the network in some steps: a compiled graph doesn't see it."""
+class BranchesOnData(Perturbation):
+    """Asks in the forward pass for a number that a compiler can't know."""
 
     site = "features"
-    handle: Any = None
+
+    def attach(self, module: LightningModule) -> None:
+        layer = backbone_of(module).layer1
+        self.handle = layer.register_forward_hook(lambda *a: 2 * a[2] if a[2].mean() > 0 else a[2])  # type: ignore[operator,union-attr]
+
+    def detach(self, module: LightningModule) -> None:
+        self.handle.remove()
 
     def perturb(self, module: LightningModule, batch: Batch) -> None:
-        if self._step[1] > 0:
-            layer = backbone_of(module).layer1
-            self.handle = layer.register_forward_hook(lambda *a: 2 * a[2])  # type: ignore[operator,union-attr]
-
-    def restore(self, module: LightningModule) -> None:
-        if self.handle is not None:
-            self.handle.remove()
+        pass
 
 
 class ViewsItsFeatures(Perturbation):
