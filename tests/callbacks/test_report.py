@@ -1,0 +1,138 @@
+"""The pictures of a run: which are written, when, and what they show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+
+from callbacks.perturbation import Batch, Perturbation
+from callbacks.report import Report, draw_curves, draw_inputs, draw_test
+from callbacks.style import DSU
+from tests.laws import cells
+
+
+class Darken(Perturbation):
+    """Makes the images black."""
+
+    def perturb(self, module: LightningModule, batch: Batch) -> None:
+        batch["image"] = torch.zeros_like(batch["image"])
+
+
+def fit(folder: Path, *callbacks: Any, **options: Any) -> Report:
+    report = Report()
+    module = cells.recipe("classifier", class_names=["a", "b", "c"], domain_names=["all"])
+    runner = cells.trainer(report, *callbacks, max_epochs=2, default_root_dir=folder, **options)
+    runner.fit(module, datamodule=cells.Images())
+    runner.test(module, datamodule=cells.Images(), verbose=False)
+    return report
+
+
+def test_a_run_leaves_its_pictures(tmp_path: Path) -> None:
+    fit(tmp_path, DSU())
+    assert sorted(f.name for f in (tmp_path / "plots").iterdir()) == ["curves.png", "inputs.png", "test.png"]
+    for file in (tmp_path / "plots").iterdir():
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+        assert min(pixels.shape[:2]) > 100 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, file.name
+
+
+def test_what_the_step_saw_stands_below_what_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[torch.Tensor, torch.Tensor, list[str]]] = []
+    monkeypatch.setattr("callbacks.report.draw_inputs", lambda *a: drawn.append(a) or draw_inputs(*a))
+    fit(tmp_path, Darken())
+    fit(tmp_path, DSU())
+    (clean, seen, titles), (same, as_is, _) = drawn
+    assert clean.shape == (4, 32, 32, 3) and clean.mean() > 0.2 and not seen.any()
+    assert torch.equal(same, as_is)  # features are perturbed, not the input
+    order = cells.Images().train_dataloader()
+    first = next(iter(order))
+    torch.testing.assert_close(clean, first["image"].permute(0, 2, 3, 1))
+    assert titles == [f"{'abc'[label]}\nall" for label in first["label"]]
+
+
+def test_a_dry_run_and_other_ranks_draw_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(tmp_path, fast_dev_run=True)
+    assert not (tmp_path / "plots").exists()
+
+
+def test_pictures_go_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[str, list[Any]]] = []
+
+    class Fake(WandbLogger):
+        def __init__(self) -> None:
+            """No run of W&B is wanted."""
+
+        experiment = name = version = save_dir = None  # type: ignore[assignment]
+
+        def log_metrics(self, *a: Any, **k: Any) -> None: ...
+        def log_hyperparams(self, *a: Any, **k: Any) -> None: ...
+        def log_graph(self, *a: Any, **k: Any) -> None: ...
+        def finalize(self, *a: Any) -> None: ...
+        def save(self) -> None: ...
+        def after_save_checkpoint(self, *a: Any) -> None: ...
+        def log_image(self, key: str, images: list[Any], *a: Any, **k: Any) -> None:
+            logged.append((key, images))
+
+    fit(tmp_path, logger=Fake())
+    assert [key for key, _ in logged] == ["plots/inputs", "plots/curves", "plots/test"]
+    assert all(Path(file).is_file() for _, images in logged for file in images)
+
+
+def test_curves_go_on_after_a_resume(tmp_path: Path) -> None:
+    first = fit(tmp_path)
+    again = Report()
+    again.load_state_dict(first.state_dict())
+    module = cells.recipe("classifier")
+    runner = cells.trainer(again, max_epochs=1, default_root_dir=tmp_path)
+    runner.fit(module, datamodule=cells.Images())
+    assert len(again._history["val/acc"]) == 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("count", [1, 12, 30])
+def test_any_number_of_images(channels: int, count: int, tmp_path: Path) -> None:
+    clean = torch.rand(count, 8, 8, channels).expand(-1, -1, -1, 3)
+    draw_inputs(clean, 1 - clean, ["class\ndomain"] * count).savefig(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(("domains", "classes"), [(1, 2), (5, 17), (2, 345)])
+def test_any_number_of_classes(domains: int, classes: int, tmp_path: Path) -> None:
+    confusion = torch.randint(0, 5, (domains, classes, classes))
+    confusion[0] = 0  # a domain without images
+    if domains == 1:
+        confusion[0, 0, 0] = 3
+    names = [f"domain {i}" for i in range(domains)], [f"class {i}" for i in range(classes)]
+    figure = draw_test(confusion, *names)
+    figure.savefig(tmp_path / "x.png")
+    bars = figure.axes[0].patches
+    shown = [float(c.diagonal().sum() / c.sum()) for c in confusion if c.sum() > 0]
+    assert [bar.get_width() for bar in bars] == pytest.approx(shown)
+    matrix = np.asarray(figure.axes[1].images[0].get_array())
+    total = confusion.sum(0).double().numpy()
+    np.testing.assert_allclose(matrix, total / np.maximum(total.sum(1, keepdims=True), 1))
+    assert len(figure.axes[1].get_xticklabels()) == classes or classes > 40
+
+
+def test_values_that_are_not_finite_are_drawn_around(tmp_path: Path) -> None:
+    draw_curves({"train/loss": [[1, 2.0], [2, float("nan")]], "val/acc": [[1, 0.5]]}).savefig(tmp_path / "x.png")
+
+
+def test_a_batch_without_images_draws_none(tmp_path: Path) -> None:
+    report = Report()
+    module = cells.recipe("classifier")
+    runner = cells.trainer(report, default_root_dir=tmp_path)
+    runner.strategy.connect(module)
+    for batch in ({"text": ["x"]}, {"image": torch.zeros(2, 5, 4, 4)}, [torch.zeros(2)]):
+        report.on_train_batch_start(runner, module, batch, 0)
+        assert report._clean is None
+
+
+def test_settings() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Report(images=0)
