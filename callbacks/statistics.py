@@ -92,7 +92,7 @@ def dsu(x: Tensor, noise_mean: Tensor, noise_std: Tensor, strength: float = 1.0,
     channels = noise_mean.shape[1]
     theta = noise_mean.new_zeros(2, channels, dtype=torch.promote_types(x.dtype, torch.float32))
     weight = torch.tensor([[0.0], [strength]], device=x.device).expand(2, x.shape[0])
-    return Shift.apply(x, theta, torch.stack((noise_mean, noise_std)), weight, True, eps)
+    return Shift.apply(x, theta, torch.stack((noise_mean, noise_std)), weight, True, False, eps)
 
 
 def adversarial_style(
@@ -116,7 +116,7 @@ def adversarial_style(
     """
     theta = gradient_reversal(torch.stack((theta_mean, theta_std)), adv_weight)
     weight = torch.tensor([[1.0], [0.0]], device=x.device).expand(2, x.shape[0])
-    return Shift.apply(x, theta, torch.stack((noise_mean, noise_std)), weight, False, eps)
+    return Shift.apply(x, theta, torch.stack((noise_mean, noise_std)), weight, False, False, eps)
 
 
 def _positions(x: Tensor) -> tuple[int, ...]:
@@ -141,19 +141,23 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 class Shift(torch.autograd.Function):
     """``y = x * (1 + d_std / std) + (d_mean - mean * d_std / std)`` with
-    ``d = noise * (weight[0] * theta + weight[1] * batch_spread)``; its gradient in closed form.
+    ``d = noise * (weight[0] * theta + weight[1] * spread)``; its gradient in closed form.
+
+    ``spread`` is the batch's; it is left out, weight and all, unless ``use_spread``. With ``direction``, theta is
+    multiplied by the norm of ``spread`` over channels, one for the mean and one for the deviation.
 
     What autograd would do in six passes over the feature map takes two here. Twice differentiable: asked for a graph,
     the backward pass recomputes the statistics with one.
     """
 
     @staticmethod
-    def forward(ctx, x, theta, noise, weight, spread, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, theta, noise, weight, use_spread, direction, eps):  # type: ignore[no-untyped-def]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean, std = feature_statistics(wide, eps)
-        ratio, d_mean, _, _ = _shift(mean, std, theta, noise, weight, spread, eps)
+        spread = _spreads(mean, std, eps) if use_spread or direction else None
+        d_mean, ratio = _shift(std, theta, noise, weight, spread if use_spread else None, spread if direction else None)
         ctx.save_for_backward(x, theta, noise, weight, mean, std)
-        ctx.spread, ctx.eps = spread, eps
+        ctx.use_spread, ctx.direction, ctx.eps = use_spread, direction, eps
         return torch.addcmul(_over(d_mean - mean * ratio, x), wide, _over(1 + ratio, x)).to(x.dtype)
 
     @staticmethod
@@ -162,37 +166,50 @@ class Shift(torch.autograd.Function):
         wide, g = x.to(mean.dtype), gradient.to(mean.dtype)
         if torch.is_grad_enabled():
             mean, std = feature_statistics(wide, ctx.eps)
-        ratio, _, spread_mean, spread_std = _shift(mean, std, theta, noise, weight, ctx.spread, ctx.eps)
+        use_spread, direction = ctx.use_spread, ctx.direction
+        spread = _spreads(mean, std, ctx.eps) if use_spread or direction else None
+        _, ratio = _shift(std, theta, noise, weight, spread if use_spread else None, spread if direction else None)
         g_sum = g.sum(_positions(x))
         centred = _dot(g, wide) - mean * g_sum
         g_d = torch.stack((g_sum, centred / std))  # gradient of d_mean and d_std, (2, B, C)
         g_mean = -ratio * g_sum
         g_std = -ratio * centred / std
-        if ctx.spread:  # through the spread of the batch, back to every example's statistics
-            g_spread = (g_d * noise * weight[1][:, None]).sum(1) / (len(x) - 1)
-            g_mean = g_mean + g_spread[0] * (mean - mean.mean(0)) / spread_mean
-            g_std = g_std + g_spread[1] * (std - std.mean(0)) / spread_std
-        g_theta = (g_d * noise * weight[0][:, None]).sum(1) if ctx.needs_input_grad[1] else None
+        g_theta = (g_d * noise * weight[0][:, None]).sum(1)
+        if spread is not None:  # through the spread of the batch, back to every example's statistics
+            g_spread = (g_d * noise * weight[1][:, None]).sum(1) if use_spread else torch.zeros_like(spread)
+            if direction:
+                length = spread.norm(dim=1, keepdim=True)
+                g_spread = g_spread + (g_theta * theta).sum(1, keepdim=True) * spread / length
+                g_theta = g_theta * length
+            g_spread = g_spread / (spread * (len(x) - 1))
+            g_mean = g_mean + g_spread[0] * (mean - mean.mean(0))
+            g_std = g_std + g_spread[1] * (std - std.mean(0))
+        none = (None,) * 5
         if not ctx.needs_input_grad[0]:
-            return None, g_theta, None, None, None, None
+            return None, g_theta, *none
         count = wide.numel() // mean.numel()
         slope = g_std / (std * (count - 1))
         g_x = torch.addcmul(_over(g_mean / count - slope * mean, x), wide, _over(slope, x))
         g_x = torch.addcmul(g_x, g, _over(1 + ratio, x)) if g_x.requires_grad else g_x.addcmul_(g, _over(1 + ratio, x))
-        return g_x.to(x.dtype), g_theta, None, None, None, None
+        return g_x.to(x.dtype), g_theta, *none
+
+
+def _spreads(mean: Tensor, std: Tensor, eps: float) -> Tensor:
+    """:func:`batch_spread` of both statistics, (2, C)."""
+    return torch.stack((batch_spread(mean, eps), batch_spread(std, eps)))
 
 
 def _shift(
-    mean: Tensor, std: Tensor, theta: Tensor, noise: Tensor, weight: Tensor, spread: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``d_std / std``, ``d_mean`` (B, C) and the batch's two spreads (C,)."""
+    std: Tensor, theta: Tensor, noise: Tensor, weight: Tensor, spread: Tensor | None, sizes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``d_mean`` and ``d_std / std``, (B, C) each; theta has the size of ``sizes`` where that is given."""
+    if sizes is not None:
+        theta = theta * sizes.norm(dim=1, keepdim=True)
     width = weight[0][:, None] * theta[:, None]
-    spread_mean = spread_std = theta[0]
-    if spread:
-        spread_mean, spread_std = batch_spread(mean, eps), batch_spread(std, eps)
-        width = width + weight[1][:, None] * torch.stack((spread_mean, spread_std))[:, None]
+    if spread is not None:
+        width = width + weight[1][:, None] * spread[:, None]
     d_mean, d_std = noise * width
-    return d_std / std, d_mean, spread_mean, spread_std
+    return d_mean, d_std / std
 
 
 class Unused(torch.autograd.Function):

@@ -142,18 +142,10 @@ class ShiftLayer(StyleLayer):
         noise, weight = self.rows(self.noise, x, 1), self.rows(self.weight, x, 1)
         if self.theta is None:
             theta = noise.new_zeros(2, self.channels)
-        elif self.direction:
-            unit = self.theta / self.theta.norm(dim=1, keepdim=True)
-            theta = gradient_reversal(unit, self.adv_weight) * self._spread_norm(x)
         else:
-            theta = gradient_reversal(self.theta, self.adv_weight)
-        return Shift.apply(x, theta, noise, weight, "dsu" in branches, EPS)
-
-    @staticmethod
-    def _spread_norm(x: Tensor) -> Tensor:
-        """The strength of the direction variant: the norm over channels of the live batch's spread, (2, 1)."""
-        with torch.no_grad():
-            return torch.stack([batch_spread(s).norm() for s in feature_statistics(x)]).unsqueeze(1)
+            turned = self.theta / self.theta.norm(dim=1, keepdim=True) if self.direction else self.theta
+            theta = gradient_reversal(turned, self.adv_weight)
+        return Shift.apply(x, theta, noise, weight, "dsu" in branches, self.direction, EPS)
 
 
 # ---------------------------------------------------------------------- callbacks

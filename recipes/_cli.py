@@ -30,6 +30,7 @@ def brief_help(name: str) -> str:
     rows = [
         (f"{me} fit", f"train with configs/{name}/default.yaml"),
         (f"{me} fit --config my.yaml", "the same, some settings replaced (repeatable; the later wins)"),
+        (f"{me} fit --config NAME", f"the same with configs/{name}/NAME.yaml, from any directory"),
         (f"{me} fit --print_config", "show every setting"),
         (f"{me} fit --trainer.fast_dev_run true", "one batch of each loop; leaves nothing behind"),
         (f"{me} fit --trainer.callbacks+=MixStyle", "stack a second technique"),
@@ -70,6 +71,21 @@ def split_verb(argv: list[str]) -> tuple[str | None, list[str], str | None]:
         return None, argv, wrong
     _, i = min(verbs)  # the first that can't be a value, else the first
     return argv[i], argv[:i] + argv[i + 1 :], None
+
+
+def with_own_configs(name: str, argv: list[str]) -> list[str]:
+    """``--config pacs`` is the recipe's own ``configs/<name>/pacs.yaml``, from any directory; a file of that name that
+    lies where the user stands goes first."""
+    found = list(argv)
+    for i, word in enumerate(found):
+        key, equals, value = word.partition("=")
+        if key not in ("--config", "-c") or (not equals and i + 1 == len(found)):
+            continue
+        value = value if equals else found[i + 1]
+        own = CONFIGS / name / f"{Path(value).stem}.yaml"
+        if value and not Path(value).exists() and value in (own.stem, own.name) and own.is_file():
+            found[i : i + 2 - bool(equals)] = [f"{key}={own}"] if equals else [key, str(own)]
+    return found
 
 
 def shadowed() -> tuple[str, str] | None:
@@ -117,6 +133,6 @@ def run(model: str, name: str, args: list[str] | None = None) -> int:
     try:
         from recipes import _app
 
-        return _app.execute(model, name, verb, rest, debug=debug)
+        return _app.execute(model, name, verb, with_own_configs(name, rest), debug=debug)
     except KeyboardInterrupt:  # while importing; later the signals are ours
         return 130

@@ -131,7 +131,7 @@ def shift_of(x: Tensor, y: Tensor) -> np.ndarray:
     (mean, std), a, b = statistics(x), x.detach().double().numpy(), y.detach().double().numpy()
     normal = (a - mean[..., None, None]) / std[..., None, None]
     offset = b.mean((2, 3))
-    slope = ((b - offset[..., None, None]) * normal).sum((2, 3)) / (normal**2).sum((2, 3))
+    slope = ((b - offset[..., None, None]) * normal).sum((2, 3)) / np.maximum((normal**2).sum((2, 3)), 1e-12)
     scale = np.abs(b).max() + 1
     np.testing.assert_allclose(
         (normal * slope[..., None, None] + offset[..., None, None]) / scale, b / scale, atol=1e-5, err_msg="content"

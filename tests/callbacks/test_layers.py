@@ -92,7 +92,7 @@ FAMILIES: list[tuple[str, int, dict[str, tuple[int, ...]]]] = [
 
 
 def made(name: str, size: int) -> Holder:
-    options = {"img_size": size} if name.startswith(("vit", "swin")) else {}
+    options: dict[str, Any] = {"img_size": size} if name.startswith(("vit", "swin")) else {}
     return Holder(timm.create_model(name, num_classes=2, **options), 3, size, size)
 
 

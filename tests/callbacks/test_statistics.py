@@ -69,8 +69,9 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def test_the_names_others_rely_on() -> None:
-    for name in ("feature_statistics", "mixstyle", "dsu", "efdmix", "adversarial_style", "MixStyle", "DSU", "EFDMix"):
-        assert hasattr(style, name)
+    functions = ("feature_statistics", "mixstyle", "dsu", "efdmix", "adversarial_style")
+    for name in (*functions, "MixStyle", "DSU", "EFDMix", "AdvStyle"):
+        assert callable(getattr(style, name)) and name in style.__all__
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -157,14 +158,32 @@ def test_adversarial_style_and_the_gradient_of_its_intensities(shape: tuple[int,
     close(g_theta, -lam * by_hand)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[3:])
+@pytest.mark.parametrize("own", [0.0, 0.7])
+def test_a_direction_takes_the_size_of_the_spread(shape: tuple[int, ...], own: float) -> None:
+    """The released re-identification code: the gradient flows through the size, too; here beside some DSU."""
+    x, noise, theta, gradient = draw(shape)
+    mean, std = plain_statistics(x)
+    widths = [w * spread(s).norm() + own * spread(s) for w, s in zip(theta, (mean, std), strict=True)]
+    wanted = restyled(x, mean + noise[0] * widths[0], std + noise[1] * widths[1])
+    weight = torch.tensor([[1.0], [own]], dtype=torch.float64).expand(2, shape[0])
+    found = Shift.apply(x, theta, noise, weight, bool(own), True, EPS)
+    close(found, wanted)
+    for a, b in zip(*(torch.autograd.grad(y, (x, theta), gradient) for y in (found, wanted)), strict=True):
+        close(a, b)
+
+
 @pytest.mark.parametrize("shape", [(3, 2, 2, 3), (3, 4, 2)])
 @pytest.mark.parametrize("through_spread", [False, True])
-def test_the_fused_shift_is_twice_differentiable(shape: tuple[int, ...], through_spread: bool) -> None:
+@pytest.mark.parametrize("direction", [False, True])
+def test_the_fused_shift_is_twice_differentiable(
+    shape: tuple[int, ...], through_spread: bool, direction: bool
+) -> None:
     x, noise, theta, _ = draw(shape)
     weight = torch.rand(2, shape[0], dtype=torch.float64)
 
     def function(x: Tensor, theta: Tensor) -> Tensor:
-        return Shift.apply(x, theta, noise, weight, through_spread, EPS)
+        return Shift.apply(x, theta, noise, weight, through_spread, direction, EPS)
 
     assert torch.autograd.gradcheck(function, (x, theta))
     assert torch.autograd.gradgradcheck(function, (x, theta))

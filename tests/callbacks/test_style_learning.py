@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def first_spread(image: Tensor) -> Tensor:
     return torch.from_numpy(spread(F.conv2d(image, conv.weight, conv.bias, padding=1))).float()
 
 
-def published_loss(module: Net, theta: Tensor, noise: np.ndarray, batch: dict[str, Any]) -> Tensor:
+def published_loss(module: Net, theta: Tensor, noise: np.ndarray, batch: Mapping[str, Any]) -> Tensor:
     """The loss as a function of theta, in float64, from the formula: nothing is reversed here."""
     weights = {k: v.detach().double() for k, v in module.named_parameters() if k.startswith("backbone")}
     x = F.conv2d(batch["image"].double(), weights["backbone.first.weight"], weights["backbone.first.bias"], padding=1)

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from conftest import Result, checkpoint, config
 
+from recipes._cli import CONFIGS, with_own_configs
+
 Run = Callable[..., Result]
 
 
@@ -254,3 +256,14 @@ def test_shadowed_package_is_named(cli: Run, tmp_path: Path, monkeypatch: pytest
     assert f"hides our package '{package}': {tmp_path / package}" in result.err and "recipes toy fit" in result.err
     (tmp_path / package / "__init__.py").unlink()  # a folder without it hides nothing
     assert cli("fti", raw=True).error_lines == ["error: no command 'fti'"]
+
+
+def test_a_recipes_own_configs_go_by_name_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = str(CONFIGS / "advstyle" / "pacs.yaml")
+    for words in (["--config", "pacs"], ["--config=pacs.yaml"], ["-c", "pacs.yaml"]):
+        assert own in " ".join(with_own_configs("advstyle", ["--model.lr", "1", *words, "--debug"]))
+    for words in (["--config", "nothing"], ["--config"], ["--config", "/x/pacs.yaml"], ["--model.name", "pacs"]):
+        assert with_own_configs("advstyle", words) == words
+    (tmp_path / "pacs.yaml").write_text("model: {lr: 1}")
+    assert with_own_configs("advstyle", ["--config", "pacs.yaml"]) == ["--config", "pacs.yaml"]
