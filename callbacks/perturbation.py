@@ -261,10 +261,10 @@ def crafting(module: nn.Module, mode: Mode = "train_frozen_bn", *, parameters: b
     * ``train_frozen_bn``: modes as they are, except that batch norm normalises by its running statistics.
 
     Gradients are on, also within validation's inference mode (clone the tensors that come from there, labels too,
-    before they enter the graph). Parameters take no gradient unless ``parameters``. The passes run in the trainer's mixed precision (a
-    callback's hooks are outside of it), but not in fp16: small gradients would underflow. Train flags, gradient flags,
-    buffers, ``.grad`` and torch's random state are afterwards as they were before; so the step that follows draws the
-    dropout that it would have drawn, which is that of the first pass in here.
+    before they enter the graph). Parameters take no gradient unless ``parameters``. The passes run in the trainer's
+    mixed precision (a callback's hooks are outside of it), but not in fp16: small gradients would underflow. Train
+    flags, gradient flags, buffers, ``.grad`` and torch's random state are afterwards as they were before; so the step
+    that follows draws the dropout that it would have drawn, which is that of the first pass in here.
 
     Raises:
         ValueError: for an unknown mode.

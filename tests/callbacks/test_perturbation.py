@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from typing import Any
@@ -302,6 +303,34 @@ def test_the_batch_of_the_next_epoch_is_clean() -> None:
 
     trainer(Shift(), max_epochs=2).fit(Net(), TheSameDict())
     assert torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_batch_gets_its_entries_back(fails: bool) -> None:
+    batch = next(iter(images()))
+    image, label = batch["image"], batch["label"]
+    seen = []
+
+    class Rewrites(Perturbation):
+        def perturb(self, module: LightningModule, batch: Batch) -> None:
+            batch["clean"] = batch["image"]
+            batch["image"] = batch["image"] + 1
+
+    class Looks(Callback):
+        held: Any = None
+
+        def on_train_batch_start(self, trainer: Any, module: LightningModule, batch: Any, batch_idx: int) -> None:
+            self.held = batch
+
+        def on_before_backward(self, trainer: Any, module: LightningModule, loss: torch.Tensor) -> None:
+            seen.append(dict(self.held))
+
+    looks, more = Looks(), [Boom("on_after_backward")] if fails else []
+    with pytest.raises(RuntimeError, match="boom") if fails else contextlib.nullcontext():
+        trainer(Rewrites(), looks, *more, limit_train_batches=1).fit(Net(), images())
+    assert torch.equal(seen[0]["image"], image + 1) and torch.equal(seen[0]["clean"], image)
+    assert looks.held.keys() == {"image", "label"}
+    assert torch.equal(looks.held["image"], image) and torch.equal(looks.held["label"], label)
 
 
 # ---------------------------------------------------------------------- settings and errors

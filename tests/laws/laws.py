@@ -68,10 +68,12 @@ class _Before(Callback):
         self.flags: dict[str, Any] = {}
         self.batch: dict[str, Any] = {}
         self.given: dict[str, Any] = {}
+        self.held: Any = None
         self.grads: dict[str, Tensor] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.weights, self.flags = weights(pl_module), _flags(pl_module)
+        self.held = batch
         self.given = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         self.batch = {name: value.clone() for name, value in self.given.items()}
         self.grads = _grads(pl_module)
@@ -110,6 +112,7 @@ class _After(Callback):
             assert after[kind] == values, f"{kind} differ from before the step"
         for name, value in self.before.given.items():
             assert torch.equal(value, self.before.batch[name]), f"'{name}' of the batch was changed in place"
+            assert self.before.held.get(name) is value, f"the batch didn't get its '{name}' back"
         for name, parameter in pl_module.named_parameters():
             wanted = self.gradient.get(name)
             if parameter.grad is None:
