@@ -14,7 +14,12 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from callbacks.perturbation import accept_other_techniques, clip_groups, parameter_groups
+from callbacks.perturbation import (
+    accept_other_techniques,
+    clip_groups,
+    match_optimizer_groups,
+    parameter_groups,
+)
 
 #: Mean and standard deviation of ImageNet's RGB values, with which timm's weights were trained.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -179,6 +184,9 @@ class Classifier(LightningModule):
             return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
 
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        match_optimizer_groups(self, checkpoint)  # also where no technique is there to do it
 
     def configure_gradient_clipping(
         self,

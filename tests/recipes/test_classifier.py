@@ -114,6 +114,17 @@ def test_an_unknown_backbone_names_near_ones() -> None:
         Classifier(backbone="resnet19")
 
 
+def test_a_bare_trainer_goes_on_without_the_technique(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    first = trainer(callbacks=[AdvStyle()])
+    first.fit(Classifier(num_classes=5, **SMALL), datamodule=Batches())
+    first.save_checkpoint(tmp_path / "c.ckpt")
+    model = Classifier(num_classes=5, **SMALL)
+    second = trainer(max_epochs=2)
+    second.fit(model, datamodule=Batches(), ckpt_path=tmp_path / "c.ckpt", weights_only=True)
+    assert [g["name"] for g in second.optimizers[0].param_groups] == ["model"]
+    assert second.global_step == 6
+
+
 def test_checkpoints_open_with_weights_only(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = Classifier(num_classes=5, class_names=["v", "w", "x", "y", "z"], **SMALL)
     runner = trainer(callbacks=[AdvStyle()])
