@@ -74,7 +74,8 @@ def efdmix(x: Tensor, permutation: Tensor, lam: Tensor) -> Tensor:
     """
     flat = (x.flatten(2) if x.dim() == 4 else x.transpose(1, 2)).to(torch.promote_types(x.dtype, torch.float32))
     ordered, order = flat.sort(dim=-1)
-    matched = ordered[permutation].gather(-1, order.argsort(-1))
+    # the released code sorts a second time, to invert the order; putting the values in their places needs no inverse
+    matched = torch.empty_like(flat).scatter(-1, order, ordered[permutation])
     other = (1 - lam).view(-1, 1, 1).to(flat.dtype)
     mixed = flat + other * (matched - flat.detach())
     return (mixed.view_as(x) if x.dim() == 4 else mixed.transpose(1, 2)).to(x.dtype)

@@ -109,8 +109,11 @@ class MixLayer(StyleLayer):
         super().__init__(*shape)
         self.mix = mix
         self.lam = self.permutation = torch.empty(0)
+        self.mixes = False
 
     def restyle(self, x: Tensor) -> Tensor:
+        if not (torch.compiler.is_compiling() or self.mixes):  # compiled, one graph holds for all steps
+            return x
         lam, permutation, views = self.lam, self.permutation, len(x) // len(self.lam)
         if len(x) != views * len(lam):  # a part of the batch: the partners aren't all there
             return x
@@ -155,7 +158,7 @@ class _Style(Perturbation):
     """What the four have in common: the layers, and when they are armed.
 
     Args:
-        layers: names of layers of the backbone after which styles are moved; found if omitted (:func:`default_layers`).
+        layers: names of layers of the backbone after which styles are moved; found if omitted (:meth:`default_layers`).
         per_sample: choose per example of the batch, not once per layer and step.
         strength: scales how far a style is moved; 1 as published, 0 not at all.
     """
@@ -277,6 +280,7 @@ class MixStyle(_Style):
         lam = np.random.default_rng(generator.initial_seed()).beta(self.alpha, self.alpha, (len(layers), size))
         other = self.strength * (1 - torch.from_numpy(lam).float()) * (u < self.p)
         for layer, o in zip(layers, other, strict=True):
+            layer.mixes = bool(o.any())
             layer.lam = (1 - o).to(module.device)
             layer.permutation = torch.randperm(size, generator=generator).to(module.device)
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from recipes.classifier import Classifier
+from callbacks.style import adversarial_style, dsu, efdmix, mixstyle
 from tests import benchmarks
 
 
@@ -22,8 +22,6 @@ def test_the_quick_benchmark_prints_every_row(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("learned", [True, False])
 def test_the_published_arithmetic_is_that_of_ours(learned: bool) -> None:
     """What the times are compared with computes the same numbers."""
-    from callbacks.statistics import adversarial_style, dsu
-
     x = torch.randn(4, 3, 5, 5)
     theta = torch.rand(2, 3)
     torch.manual_seed(5)
@@ -35,12 +33,30 @@ def test_the_published_arithmetic_is_that_of_ours(learned: bool) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_kept_memory_counts_a_storage_once() -> None:
-    class Twice(Classifier):
-        def loss(self, batch):  # type: ignore[no-untyped-def]
-            y = batch["x"].exp()  # kept once for exp, and again for each product
-            return (y * y * y).sum()
+def test_the_published_mixtures_are_those_of_ours() -> None:
+    x = torch.randn(4, 3, 5, 5)
+    for published, ours in ((benchmarks.published_mixstyle, mixstyle), (benchmarks.published_efdmix, efdmix)):
+        torch.manual_seed(5)
+        theirs = published(x, None)
+        torch.manual_seed(5)
+        lam = torch.distributions.Beta(0.1, 0.1).sample((4, 1, 1, 1)).flatten()
+        torch.testing.assert_close(ours(x, torch.randperm(4), lam), theirs, rtol=1e-4, atol=1e-5)
 
-    module = Twice("resnet10t", num_classes=2, image_size=32, backbone_args={"channels": (8, 8, 8, 8), "stem_width": 8})
-    x = torch.randn(1000, requires_grad=True)
-    assert benchmarks.kept(module, {"x": x}) == 2 * 4000  # exp(x) and exp(x)^2
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    """Floats of 4 bytes: 1000, 500 and 500 more; the first 500 go before 2000 come, so 3500 is the peak."""
+    before = [torch.ones(10_000) for _ in range(5)]
+    peaks = []
+    for _ in range(5):  # again and again: what an earlier measurement saw come must not count when it goes
+        peak = benchmarks.Peak()
+        peak.start()
+        first, second = torch.empty(1000), torch.empty(500)
+        third = torch.empty(500)
+        del second
+        before.pop()
+        fourth = torch.empty(2000)
+        before.insert(0, torch.empty(0))
+        peaks.append(peak.stop())
+        del first, third, fourth
+        before[0] = torch.ones(10_000)
+    assert peaks == [4 * 3500] * 5

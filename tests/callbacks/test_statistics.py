@@ -230,7 +230,8 @@ def test_nothing_is_moved_at_zero(shape: tuple[int, ...], seed: int, dtype: torc
     x = x.detach().to(dtype)
     permutation = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
     one = torch.ones(shape[0])
-    for y in (mixstyle(x, permutation, one), efdmix(x, permutation, one), dsu(x, *noise.to(dtype), strength=0.0)):
+    e_mean, e_std = noise.to(dtype)
+    for y in (mixstyle(x, permutation, one), efdmix(x, permutation, one), dsu(x, e_mean, e_std, strength=0.0)):
         assert y.dtype == dtype and torch.equal(y, x)
 
 

@@ -141,6 +141,25 @@ def test_evaluation_and_steps_that_are_not_perturbed_are_untouched(kind: type) -
     assert not any(m._forward_hooks for m in module.modules())
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (MixStyle, {"p": 0.0}),
+        (EFDMix, {"p": 0.0}),
+        (DSU, {"p": 0.0}),
+        (AdvStyle, {"p_identity": 1.0, "p_dsu": 0.0}),
+        *((kind, {"strength": 0.0, **ALWAYS[kind]}) for kind in TECHNIQUES),
+    ],
+)
+def test_a_layer_that_keeps_its_style_costs_nothing(kind: type, settings: dict[str, Any]) -> None:
+    """What it gives is passed on as it is, not computed anew."""
+    module = begun(kind(layers=["first"], **settings))
+    given: list[torch.Tensor] = []
+    module.backbone[0].register_forward_hook(lambda _, args, output: given.append(output), prepend=True)
+    passed_on = flow(module, IMAGE)["first"][1]
+    assert passed_on.data_ptr() == given[0].data_ptr()
+
+
 @every
 @chosen
 def test_how_often_a_layer_is_moved(kind: type, per_sample: bool) -> None:
