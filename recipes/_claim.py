@@ -335,6 +335,7 @@ def plot(claim: Claim, results: dict[str, dict[int, float]], differences: Sequen
     left.plot(range(len(arms)), means, "_", color="C3", markersize=26, markeredgewidth=2.5, label="mean")
     left.set_xticks(range(len(arms)), arms, rotation=25, ha="right")
     left.set_ylabel(claim.metric)
+    left.margins(x=0.12)
     left.legend(frameon=False)
     left.set_title(f"{len(claim.seeds)} paired seeds", fontsize=10)
     for i, d in enumerate(reversed(differences)):
