@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,8 @@ from datamodules.sampling import Draw, EvalBatches, TrainBatches
 log = logging.getLogger(__name__)
 #: Random numbers per example and epoch: flip, whether to shift, how far down and to the right, the user's transform.
 _DRAWS = 5
+#: Files whose reading takes so long that it is shown.
+MANY = 2000
 OnCorrupt = Literal["error", "skip"]
 
 
@@ -62,15 +65,17 @@ def decode(file: Path, size: tuple[int, int]) -> Tensor:
 
 
 def _progress(what: str, total: int) -> Any:
-    """A bar on a terminal, nothing elsewhere: reading a large benchmark takes minutes."""
+    """A bar on a terminal, a line elsewhere: reading a large benchmark takes minutes."""
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    if total >= MANY:
+        log.info("%s: %d files", what, total)
     bar = Progress(
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         transient=True,
-        disable=total < 2000,
+        disable=total < MANY or not sys.stdout.isatty(),
     )
     bar.add_task(what, total=total)
     return bar
@@ -169,14 +174,6 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         batch = {"image": images.float().div_(255) if images.dtype == torch.uint8 else images}
         batch |= {name: values[index] for name, values in self.entries.items()}
         return {**batch, "index": index}
-
-    def subset(self, chosen: Tensor) -> ImageSet:
-        """The examples at these positions, sharing what is decoded only where it must be copied."""
-        entries = {name: values[chosen] for name, values in self.entries.items()}
-        if self.images is not None:
-            return ImageSet(self.images[chosen], entries)
-        assert self.files is not None
-        return ImageSet([self.files[i] for i in chosen.tolist()], entries, self.size)
 
 
 class Augmentation:
