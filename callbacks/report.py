@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 #: More classes than this are drawn without their names.
 NAMED = 40
+#: Longer names are cut in the captions of images, which stand side by side.
+LETTERS = 18
 
 
 class Report(Callback):
     """Draws into ``<run folder>/plots/`` on the first rank, nothing in a dry run. Stands before the techniques.
 
     * ``inputs.png``: images of the first training batch and, where a technique changed them, what the step saw.
-    * ``curves.png``: losses and metrics over the epochs.
+    * ``curves.png``: losses and metrics as last logged in each epoch (of a loss logged at every step: the last batch's).
     * ``test.png``: accuracy of each domain and the confusion matrix, of a module that after testing has ``confusion``:
       counts (domains, classes, classes) with true classes in rows.
 
@@ -49,7 +51,7 @@ class Report(Callback):
     # ------------------------------------------------------------------ what is collected
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        first = trainer.global_step == 0 and batch_idx == 0
+        first = batch_idx == 0 and trainer.global_step == 0
         if not first or not _wanted(trainer) or not isinstance(batch, dict):
             return
         image = batch.get("image")
@@ -62,9 +64,10 @@ class Report(Callback):
             self._seen, self._batch = _shown(self._batch["image"][: self.images]), None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = trainer.callback_metrics  # on all ranks: reading it reduces synced metrics, which all must take part in
         if not _wanted(trainer):
             return
-        for name, value in trainer.callback_metrics.items():
+        for name, value in metrics.items():
             self._history.setdefault(name, []).append([trainer.current_epoch + 1, float(value)])
         if self._clean is not None and self._seen is not None:
             self._save(trainer, "inputs", draw_inputs(self._clean, self._seen, self._titles))
@@ -104,7 +107,8 @@ def _titles(module: LightningModule, batch: dict[str, Any], count: int) -> list[
     for key, names in (("label", "class_names"), ("domain", "domain_names")):
         known, values = list(getattr(module, names, [])), batch.get(key)
         if isinstance(values, Tensor) and values.dim() == 1 and not values.is_floating_point():
-            lines.append([known[v] if 0 <= v < len(known) else str(v) for v in values[:count].tolist()])
+            names_of = [known[v] if 0 <= v < len(known) else str(v) for v in values[:count].tolist()]
+            lines.append([n if len(n) <= LETTERS else n[: LETTERS - 1] + "…" for n in names_of])
     return ["\n".join(parts) for parts in zip(*lines, strict=True)] if lines else [""] * count
 
 
@@ -127,8 +131,9 @@ def draw_inputs(clean: Tensor, seen: Tensor, titles: list[str]) -> Figure:
     columns = min(len(clean), 12)
     blocks = math.ceil(len(clean) / columns)
     rows = blocks * (2 if changed else 1)
-    figure = _figure(1.05 * columns, 1.45 * rows + 0.3)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    heights = [1.45, 1.1] if changed else [1.45]  # the lower row has no captions
+    figure = _figure(1.05 * columns, sum(heights) * blocks + 0.3)
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights * blocks)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, title in enumerate(titles):
@@ -155,6 +160,7 @@ def draw_curves(history: dict[str, list[list[float]]]) -> Figure:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("as last logged in each epoch", fontsize=9)
     return figure
 
 

@@ -257,6 +257,16 @@ def test_views_of_an_example_share_its_draws_and_its_partner(kind: type) -> None
     )
 
 
+@pytest.mark.parametrize("kind", [MixStyle, EFDMix])
+def test_views_are_mixed_within_themselves(kind: type) -> None:
+    """Two views, of which the second is far from the first; and a part of the batch has no partners."""
+    module = begun(kind(layers=["first"], seed=0, **ALWAYS[kind]))
+    both = flow(module, torch.cat((IMAGE, 10 + 3 * IMAGE)))["first"][1]
+    for half, view in zip(both.chunk(2), (IMAGE, 10 + 3 * IMAGE), strict=True):
+        torch.testing.assert_close(half, flow(module, view)["first"][1])
+    assert torch.equal(module(IMAGE[:5]), Net()(IMAGE[:5]))
+
+
 @every
 def test_recomputation_by_activation_checkpointing_sees_the_same_draws(kind: type) -> None:
     module = begun(kind(layers=["first"], **ALWAYS[kind]))
