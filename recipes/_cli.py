@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -123,6 +124,8 @@ def run(model: str, name: str, args: list[str] | None = None) -> int:
         return fail(f"no command '{wrong}'", hint)
     if verb is None:
         return fail("no command given", f"type: python -m recipes.{name} fit {' '.join(rest)}")
+    # OpenMP's threads spin while they wait; where something else runs, too, that costs a multiple of the work itself
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     hidden = shadowed()
     if hidden:
         package, place = hidden
