@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 #: More classes than this are drawn without their names.
 NAMED = 40
 #: Longer names are cut in the captions of images, which stand side by side.
-LETTERS = 18
+LETTERS = 16
 
 
 class Report(Callback):
     """Draws into ``<run folder>/plots/`` on the first rank, nothing in a dry run. Stands before the techniques.
 
     * ``inputs.png``: images of the first training batch and, where a technique changed them, what the step saw.
-    * ``curves.png``: losses and metrics as last logged in each epoch (of a loss logged at every step: the last batch's).
+    * ``curves.png``: losses and metrics as last logged in each epoch (a loss logged at each step: its last batch's).
     * ``test.png``: accuracy of each domain and the confusion matrix, of a module that after testing has ``confusion``:
       counts (domains, classes, classes) with true classes in rows.
 
@@ -64,7 +64,8 @@ class Report(Callback):
             self._seen, self._batch = _shown(self._batch["image"][: self.images]), None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = trainer.callback_metrics  # on all ranks: reading it reduces synced metrics, which all must take part in
+        # Read on all ranks: reading reduces metrics that are synced, and a rank that stays away hangs the others.
+        metrics = trainer.callback_metrics
         if not _wanted(trainer):
             return
         for name, value in metrics.items():

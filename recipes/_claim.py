@@ -24,48 +24,35 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
+from recipes._claim_results import (
+    Arm,
+    Claim,
+    ClaimError,
+    compare,
+    plot,
+    summary,
+    t_interval,
+    table,
+    verdict,
+)
 from recipes._cli import CONFIGS, HOME, fail
 
-# ---------------------------------------------------------------------- what a claim says
+__all__ = ["Arm", "Claim", "ClaimError", "compare", "main", "read", "run_claim", "summary", "t_interval", "verdict"]
+#: A claim is stated for at least so many seeds; an early look (``--seeds``) may take fewer.
+SEEDS = 5
 
 
-class ClaimError(ValueError):
-    """A claim that can't be decided as it stands; the message says why."""
+class CellFailed(ClaimError):
+    """A training ended badly, or gave no number."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One side of the comparison: a recipe and what is typed after ``fit``."""
-
-    recipe: str
-    args: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """``configs/<recipe>/claim.yaml``.
-
-    ``metric`` is a column of metrics.csv, better when larger (``direction: max``) or smaller (``min``). ``shared`` are
-    arguments of all arms. The claim holds if the technique beats the baseline by more than ``margin``, on average over
-    the seeds.
-    """
-
-    recipe: str
-    claim: str
-    metric: str
-    baseline: str
-    technique: str
-    arms: dict[str, Arm]
-    seeds: list[int]
-    direction: str = "max"
-    margin: float = 0.0
-    shared: list[str] = field(default_factory=list)
+# ---------------------------------------------------------------------- reading
 
 
 def read(recipe: str, folder: Path = CONFIGS) -> Claim:
@@ -83,11 +70,21 @@ def read(recipe: str, folder: Path = CONFIGS) -> Claim:
     try:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
         arms = {
-            name: Arm(arm["recipe"], [str(a) for a in arm.get("args") or []]) for name, arm in given["arms"].items()
+            name: Arm(**{**arm, "args": [str(word) for word in arm.get("args") or []]})
+            for name, arm in given["arms"].items()
         }
-        claim = Claim(**{**given, "recipe": recipe, "arms": arms})
-    except (TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        shared = [str(word) for word in given.get("shared") or []]
+        margin = float(given.get("margin", 0.0))
+        claim = Claim(**{**given, "recipe": recipe, "arms": arms, "shared": shared, "margin": margin})
+        seeds = [int(seed) for seed in claim.seeds]
+    except (TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise ClaimError(f"{file} is no claim: {' '.join(str(error).split())}") from error
+    if len(set(seeds)) < max(SEEDS, len(seeds)):
+        raise ClaimError(f"{file}: a claim needs at least {SEEDS} seeds, all different, not {claim.seeds}")
+    for name, arm in arms.items():
+        if not (HOME / "recipes" / arm.recipe / "__main__.py").is_file():
+            known = sorted(each.parent.name for each in (HOME / "recipes").glob("*/__main__.py"))
+            raise ClaimError(f"{file}: arm '{name}': no recipe '{arm.recipe}'; there are: {', '.join(known)}")
     for role in (claim.baseline, claim.technique):
         if role not in arms:
             raise ClaimError(f"{file}: there is no arm '{role}'; there are: {', '.join(arms)}")
@@ -99,61 +96,6 @@ def read(recipe: str, folder: Path = CONFIGS) -> Claim:
 def claimed(folder: Path = CONFIGS) -> list[str]:
     """Recipes that have a claim."""
     return sorted(file.parent.name for file in folder.glob("*/claim.yaml"))
-
-
-# ---------------------------------------------------------------------- statistics
-
-
-def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and the ends of its two-sided Student interval.
-
-    Raises:
-        ClaimError: for fewer than two values.
-    """
-    from scipy import stats
-
-    n = len(values)
-    if n < 2:
-        raise ClaimError("an interval needs at least two seeds")
-    mean = math.fsum(values) / n
-    error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
-    return mean, mean - reach, mean + reach
-
-
-def verdict(low: float, high: float, margin: float = 0.0) -> str:
-    """What an interval of the technique's gain says of "the gain is larger than ``margin``"."""
-    return "supported" if low > margin else "not supported" if high < margin else "inconclusive"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Gain of one arm over another (positive is better), paired by seed, with its 95 % interval."""
-
-    arm: str
-    over: str
-    mean: float
-    low: float
-    high: float
-    verdict: str
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
-
-
-def compare(claim: Claim, results: dict[str, dict[int, float]]) -> list[Difference]:
-    """The claimed difference first, then each other arm over the baseline, then the technique over each other arm."""
-    others = [arm for arm in claim.arms if arm not in (claim.baseline, claim.technique)]
-    pairs = [(claim.technique, claim.baseline)]
-    pairs += [(arm, claim.baseline) for arm in others] + [(claim.technique, arm) for arm in others]
-    sign = 1 if claim.direction == "max" else -1
-    found = []
-    for arm, over in pairs:
-        gains = [sign * (results[arm][seed] - results[over][seed]) for seed in claim.seeds]
-        mean, low, high = t_interval(gains)
-        margin = claim.margin if over == claim.baseline else 0.0
-        found.append(Difference(arm, over, mean, low, high, verdict(low, high, margin)))
-    return found
 
 
 # ---------------------------------------------------------------------- training the cells
@@ -173,12 +115,16 @@ class Cell:
         return self.folder / "cell.json"
 
 
+#: What no number depends on.
+_UNRELATED = ("claim.yaml", "sweep.yaml", "_claim.py", "_claim_results.py")
+
+
 def source_version() -> str:
     """A hash of everything that a number depends on here: our modules and the configs, claims left out."""
     digest = hashlib.sha256()
     for package in ("callbacks", "configs", "datamodules", "recipes"):
         for file in sorted((HOME / package).rglob("*")):
-            if file.suffix in (".py", ".yaml", ".npz") and file.name not in ("claim.yaml", "sweep.yaml", "_claim.py"):
+            if file.suffix in (".py", ".yaml", ".npz") and file.name not in _UNRELATED:
                 digest.update(f"{file.relative_to(HOME)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -195,13 +141,14 @@ def cells(claim: Claim, out: Path) -> list[Cell]:
     return found
 
 
-def done(cell: Cell, version: str) -> dict[str, Any] | None:
-    """What a cell gave, if it was trained by this command from this source."""
+def done(cell: Cell, version: str | None) -> dict[str, Any] | None:
+    """What a cell gave, if it was trained by this command from this source (None: from any)."""
     try:
         record = json.loads(cell.record.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        same = record["command"] == cell.command[1:] and version in (None, record["version"])
+        return record if same and math.isfinite(record["value"]) else None
+    except (OSError, TypeError, KeyError, json.JSONDecodeError):  # not there, or cut off while it was written
         return None
-    return record if (record["command"], record["version"]) == (cell.command[1:], version) else None
 
 
 def last_value(folder: Path, metric: str) -> float:
@@ -228,6 +175,8 @@ class Trainer:
         version: of the source, kept with each result.
     """
 
+    grace = 20.0
+
     def __init__(self, jobs: int, metric: str, version: str) -> None:
         self.metric, self.version = metric, version
         self.pool = ThreadPoolExecutor(jobs)
@@ -245,8 +194,13 @@ class Trainer:
             with self._lock:
                 if self._stopped:
                     raise ClaimError("stopped")
-                process = subprocess.Popen(
-                    cell.command, stdout=output, stderr=subprocess.STDOUT, text=True, env=self.environment
+                process = subprocess.Popen(  # in a group of its own: a terminal's Ctrl-C reaches it once, through us
+                    cell.command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    env=self.environment,
+                    start_new_session=True,
                 )
                 self._running.add(process)
             code = process.wait()
@@ -254,12 +208,15 @@ class Trainer:
             self._running.discard(process)
         if code:
             said = (cell.folder / "output.txt").read_text(encoding="utf-8").strip().splitlines()[-3:]
-            raise ClaimError(
+            raise CellFailed(
                 f"{cell.arm}, seed {cell.seed} ended with {code}: {' / '.join(said)} "
                 f"(command: {shlex.join(cell.command)})"
             )
-        record = {"command": cell.command[1:], "version": self.version, "seconds": round(time.monotonic() - begun, 1)}
+        seconds = round(time.monotonic() - begun, 1)
+        record: dict[str, Any] = {"command": cell.command[1:], "version": self.version, "seconds": seconds}
         record["value"] = last_value(cell.folder, self.metric)
+        if not math.isfinite(record["value"]):
+            raise CellFailed(f"{cell.arm}, seed {cell.seed}: {self.metric} is {record['value']} (see {cell.folder})")
         cell.record.write_text(json.dumps(record), encoding="utf-8")
         return record
 
@@ -282,11 +239,17 @@ class Trainer:
         return records
 
     def stop(self) -> None:
-        """End what still runs."""
+        """End what still runs: ask, and after :attr:`grace` seconds insist (a rank that hangs hears no SIGTERM)."""
         with self._lock:
-            self._stopped = True
-            for process in self._running:
-                process.terminate()
+            self._stopped, running = True, list(self._running)
+        for process in running:
+            process.terminate()
+        deadline = time.monotonic() + self.grace
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:  # it leads its group and still lives, so the group is ours
+                os.killpg(process.pid, signal.SIGKILL)
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -298,70 +261,27 @@ def _path() -> str:
 # ---------------------------------------------------------------------- what comes out
 
 
-def table(claim: Claim, results: dict[str, dict[int, float]], differences: Sequence[Difference]) -> str:
-    """The result as Markdown: per seed, per arm, and the differences."""
-    head = ["arm", *(f"seed {seed}" for seed in claim.seeds), "mean", "sd"]
-    rows = [head, ["--"] * len(head)]
-    for name in claim.arms:
-        values = [results[name][seed] for seed in claim.seeds]
-        mean = math.fsum(values) / len(values)
-        sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-        rows.append([name, *(f"{v:.3f}" for v in values), f"{mean:.3f}", f"{sd:.3f}"])
-    lines = [
-        f"Claim: {claim.claim}",
-        "",
-        f"`{claim.metric}`:",
-        "",
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
-    ]
-    lines += ["| difference | mean [95 % interval] | verdict |", "| -- | -- | -- |"]
-    lines += [f"| {d.arm} over {d.over} | {d} | {d.verdict} |" for d in differences]
-    return "\n".join([*lines, "", f"Verdict: **{differences[0].verdict}**"])
-
-
-def plot(claim: Claim, results: dict[str, dict[int, float]], differences: Sequence[Difference], file: Path) -> None:
-    """Left: every seed of every arm, seeds joined by lines. Right: the differences with their intervals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 1.6 + 0.42 * max(len(differences), 6)), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
-    arms = list(claim.arms)
-    for seed in claim.seeds:
-        left.plot(range(len(arms)), [results[a][seed] for a in arms], "o-", color="0.6", linewidth=0.7, markersize=4)
-    means = [math.fsum(results[a].values()) / len(results[a]) for a in arms]
-    left.plot(range(len(arms)), means, "_", color="C3", markersize=26, markeredgewidth=2.5, label="mean")
-    left.set_xticks(range(len(arms)), arms, rotation=25, ha="right")
-    left.set_ylabel(claim.metric)
-    left.margins(x=0.12)
-    left.legend(frameon=False)
-    left.set_title(f"{len(claim.seeds)} paired seeds", fontsize=10)
-    for i, d in enumerate(reversed(differences)):
-        colour = {"supported": "C2", "not supported": "C3", "inconclusive": "0.4"}[d.verdict]
-        right.plot([d.low, d.high], [i, i], color=colour, linewidth=2)
-        right.plot([d.mean], [i], "o", color=colour)
-    right.axvline(0, color="black", linewidth=0.8)
-    right.set_yticks(range(len(differences)), [f"{d.arm} over {d.over}" for d in reversed(differences)])
-    right.set_title("gain, with 95 % interval", fontsize=10)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{claim.recipe}: {differences[0].verdict}", fontsize=12)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-
-
-def run_claim(claim: Claim, out: Path, jobs: int, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run_claim(
+    claim: Claim, out: Path, jobs: int, say: Callable[[str], None] = print, report_only: bool = False
+) -> dict[str, Any]:
     """Train what isn't trained yet and write ``result.json``, ``table.md`` and ``plot.png`` into ``out``.
+
+    With ``report_only`` nothing is trained, and cells count that were trained from another source, too.
 
     Returns:
         What is in ``result.json``.
     """
     version = source_version()
     wanted = cells(claim, out)
-    records = {(c.arm, c.seed): r for c in wanted if (r := done(c, version)) is not None}
+    accepted = None if report_only else version
+    records = {(c.arm, c.seed): r for c in wanted if (r := done(c, accepted)) is not None}
     missing = [c for c in wanted if (c.arm, c.seed) not in records]
+    if report_only and missing:
+        first = f"{missing[0].arm}, seed {missing[0].seed}"
+        raise ClaimError(f"{len(missing)} of {len(wanted)} cells aren't trained in {out}, such as {first}")
+    other = sum(record["version"] != version for record in records.values())
+    if other:
+        say(f"{other} of {len(wanted)} cells were trained from another source than the present one")
     if records:
         say(f"{len(records)} of {len(wanted)} cells are trained already")
     if missing:
@@ -379,7 +299,7 @@ def run_claim(claim: Claim, out: Path, jobs: int, say: Callable[[str], None] = p
         "differences": [vars(d) | {"text": str(d)} for d in differences],
         "verdict": differences[0].verdict,
         "minutes": round(sum(r["seconds"] for r in records.values()) / 60, 1),
-        "source": version,
+        "source": sorted({record["version"] for record in records.values()}),
     }
     (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     say(text)
@@ -387,57 +307,55 @@ def run_claim(claim: Claim, out: Path, jobs: int, say: Callable[[str], None] = p
     return result
 
 
-def summary(results: Sequence[dict[str, Any]]) -> str:
-    """All claims as one Markdown table, in the README's format."""
-    lines = [
-        "| recipe | claim | metric: means of the arms | gain over the baseline [95 %] | seeds | verdict |",
-        "| -- | -- | -- | -- | -- | -- |",
-    ]
-    for r in results:
-        means = ", ".join(f"{arm} {math.fsum(v.values()) / len(v):.3f}" for arm, v in r["results"].items())
-        seeds = len(next(iter(r["results"].values())))
-        gain = r["differences"][0]["text"]
-        lines.append(
-            f"| {r['recipe']} | {r['claim']} | `{r['metric']}`: {means} | {gain} | {seeds} | **{r['verdict']}** |"
-        )
-    return "\n".join(lines)
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all commands here do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ClaimError(message)
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(word) for word in text.split(",") if word]
 
 
 def main(argv: list[str]) -> int:
-    """``python -m recipes claim``. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes claim", description="train the arms of a claim on paired seeds"
-    )
+    """``python -m recipes claim``. Returns the exit code: 2 for bad input, 1 where a training failed."""
+    parser = _Parser(prog="python -m recipes claim", description="train the arms of a claim on paired seeds")
     parser.add_argument("recipe", nargs="?", help="whose claim")
     parser.add_argument("--all", action="store_true", help="every recipe's, and one table of all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings side by side (default: cores)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the claim's")
+    parser.add_argument("--seeds", type=_seeds, nargs="+", metavar="1,2,..", help="other seeds than the claim's")
+    parser.add_argument("--report-only", action="store_true", help="train nothing, report what is trained")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/claims"), help="folder for results (default: runs/claims)"
     )
-    args = parser.parse_args(argv)
-    if args.all == bool(args.recipe):
-        return fail("name one recipe, or --all", f"python -m recipes claim {(claimed() or ['<name>'])[0]}")
-    if args.jobs < 1 or (args.seeds and len(set(args.seeds)) < 2):
-        return fail("--jobs must be at least 1, and --seeds at least two different ones")
     received: list[int] = []
 
     def end(signum: int, frame: object) -> None:
-        received.append(signum)
-        raise KeyboardInterrupt
+        if not received:  # the children are being ended already, within a bounded time
+            received.append(signum)
+            raise KeyboardInterrupt
 
-    before = {signum: signal.signal(signum, end) for signum in (signal.SIGINT, signal.SIGTERM)}
+    # The children don't hear the terminal, so what it says to us must end them: SIGHUP, too, unless nohup ignores it.
+    signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, end) for signum in signals}
     try:
+        args = parser.parse_args(argv)
+        if args.all == bool(args.recipe):
+            return fail("name one recipe, or --all", f"python -m recipes claim {(claimed() or ['<name>'])[0]}")
+        seeds = list(dict.fromkeys(seed for part in args.seeds or [] for seed in part))
+        if args.jobs < 1 or (args.seeds and len(seeds) < 2):
+            return fail("--jobs must be at least 1, and --seeds at least two different ones")
         claims = [read(recipe) for recipe in (claimed() if args.all else [args.recipe])]
         results = []
         for claim in claims:
-            if args.seeds:
-                claim = Claim(**{**vars(claim), "seeds": list(dict.fromkeys(args.seeds))})
-            results.append(run_claim(claim, args.out / claim.recipe, args.jobs))
+            claim = replace(claim, seeds=seeds or claim.seeds)
+            results.append(run_claim(claim, args.out / claim.recipe, args.jobs, report_only=args.report_only))
         if args.all:
             print(summary(results))
     except ClaimError as error:
-        return fail(str(error))
+        code = fail(str(error))
+        return 1 if isinstance(error, CellFailed) else code
     except KeyboardInterrupt:  # the children have been ended
         return 128 + (received or [signal.SIGINT])[0]
     finally:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from callbacks.perturbation import Batch, Perturbation
-from callbacks.report import Report, draw_curves, draw_inputs, draw_test
+from callbacks.report import Report, _titles, draw_curves, draw_inputs, draw_test
 from callbacks.style import DSU
 from tests.laws import cells
 
@@ -59,6 +59,28 @@ def test_what_the_step_saw_stands_below_what_came(tmp_path: Path, monkeypatch: p
 def test_a_dry_run_and_other_ranks_draw_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(tmp_path, fast_dev_run=True)
     assert not (tmp_path / "plots").exists()
+    monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: False))
+    fit(tmp_path, logger=False)
+    assert not (tmp_path / "plots").exists()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_rank_reads_the_metrics(first: bool) -> None:
+    """Reading reduces those that are synced: a rank that doesn't leaves the others waiting in a collective."""
+    reads = []
+
+    class Rank:
+        is_global_zero, fast_dev_run, current_epoch = first, False, 2
+
+        @property
+        def callback_metrics(self) -> dict[str, torch.Tensor]:
+            reads.append(first)
+            return {"val/acc": torch.tensor(0.5)}
+
+    report = Report()
+    report.on_train_epoch_end(Rank(), LightningModule())  # type: ignore[arg-type]  # what it asks of a trainer
+    assert reads == [first]
+    assert report.state_dict()["history"] == ({"val/acc": [[3, 0.5]]} if first else {})
 
 
 def test_pictures_go_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +121,19 @@ def test_curves_go_on_after_a_resume(tmp_path: Path) -> None:
 def test_any_number_of_images(channels: int, count: int, tmp_path: Path) -> None:
     clean = torch.rand(count, 8, 8, channels).expand(-1, -1, -1, 3)
     draw_inputs(clean, 1 - clean, ["class\ndomain"] * count).savefig(tmp_path / "x.png")
+
+
+def test_long_names_do_not_run_into_each_other(tmp_path: Path) -> None:
+    module = cells.recipe(
+        "classifier", class_names=["x" * 40, "y" * 16, "z"], domain_names=["a_very_long_name_of_a_domain"]
+    )
+    batch = {"label": torch.tensor([0, 1, 2] * 4), "domain": torch.zeros(12, dtype=torch.int64)}
+    titles = _titles(module, batch, 12)
+    assert titles[:3] == [f"{name}\na_very_long_nam…" for name in ("x" * 15 + "…", "y" * 16, "z")]
+    figure = draw_inputs(torch.rand(12, 8, 8, 3), torch.rand(12, 8, 8, 3), titles)
+    figure.savefig(tmp_path / "x.png")
+    boxes = [axis.title.get_window_extent() for axis in figure.axes[:12]]
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
 
 
 @pytest.mark.parametrize(("domains", "classes"), [(1, 2), (5, 17), (2, 345)])

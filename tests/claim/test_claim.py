@@ -14,7 +14,18 @@ import pytest
 import yaml
 
 from recipes import _claim
-from recipes._claim import Claim, ClaimError, compare, last_value, read, run_claim, summary, t_interval, verdict
+from recipes._claim import (
+    CellFailed,
+    Claim,
+    ClaimError,
+    compare,
+    last_value,
+    read,
+    run_claim,
+    summary,
+    t_interval,
+    verdict,
+)
 
 FAKE = """
 import csv, pathlib, sys, time
@@ -22,13 +33,18 @@ words = sys.argv[1:]
 value = lambda name: words[words.index(name) + 1]
 if "--fail" in words: sys.exit("it went wrong")
 if "--wait" in words: time.sleep(60)
+if "--deaf" in words:
+    import signal
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("deaf", flush=True)
+    time.sleep(60)
 folder = pathlib.Path(value("--trainer.default_root_dir")) / "fake" / "run"
 folder.mkdir(parents=True, exist_ok=True)
 gain = float(value("--gain")) if "--gain" in words else 0.0
 seed = int(value("--seed_everything"))
 with (folder / "metrics.csv").open("w", newline="") as f:
     rows = csv.writer(f)
-    value = 0.5 + 0.01 * seed + gain * (1 + 0.1 * seed)
+    value = "nan" if "--nan" in words else 0.5 + 0.01 * seed + gain * (1 + 0.1 * seed)
     rows.writerows([["step", "val/acc", "test/acc"], [1, 0.3, ""], [2, "", value], [3, 0.4, ""]])
 count = folder.parent.parent / "count"
 count.write_text(count.read_text() + "x" if count.exists() else "x")
@@ -117,7 +133,79 @@ def test_a_claim_is_run_recorded_and_not_run_again(fake: Path) -> None:
     assert counts == ["x"] * 15, "a finished cell was trained again"
     arms = {**claim().arms, "ours": _claim.Arm("fake", ["--gain", "0.0"])}
     assert run_claim(claim(arms=arms), fake / "out", 2, said.append)["differences"][0]["mean"] == 0.0
-    assert "| fake | ours is better |" in summary([result])
+    assert result["differences"][0]["gains"] == pytest.approx([0.11, 0.12, 0.13, 0.14, 0.15])
+    row = summary([{**result, "minutes": 12.4}]).splitlines()
+    assert row[2].startswith("| fake | ours is better |") and row[2].endswith("| 5 | **supported** | 12 |")
+    assert row[0].count("|") == row[1].count("|") == row[2].count("|")
+
+
+def test_a_report_trains_nothing_and_says_what_is_missing(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ClaimError, match="15 of 15 cells aren't trained in .*, such as plain, seed 1"):
+        run_claim(claim(), fake / "out", 2, lambda line: None, report_only=True)
+    assert not list((fake / "out").rglob("count"))
+    trained = run_claim(claim(), fake / "out", 2, lambda line: None)
+    monkeypatch.setattr(_claim, "source_version", lambda: "another")
+    said: list[str] = []
+    again = run_claim(claim(), fake / "out", 2, said.append, report_only=True)
+    assert again["results"] == trained["results"] and again["source"] == trained["source"] != ["another"]
+    assert said[0] == "15 of 15 cells were trained from another source than the present one"
+    assert {f.read_text() for f in (fake / "out").rglob("count")} == {"x"}
+
+
+def test_a_record_cut_off_while_written_is_trained_again(fake: Path) -> None:
+    run_claim(claim(), fake / "out", 2, lambda line: None)
+    first, second, *_ = sorted((fake / "out").rglob("cell.json"))
+    first.write_text('{"command": [')
+    second.write_text("{}")
+    run_claim(claim(), fake / "out", 2, lambda line: None)
+    assert sorted(f.read_text() for f in (fake / "out").rglob("count")) == ["x"] * 13 + ["xx"] * 2
+
+
+def test_a_number_that_is_none_is_a_failure(fake: Path) -> None:
+    arms = {**claim().arms, "ours": _claim.Arm("fake", ["--nan"])}
+    with pytest.raises(CellFailed, match=r"ours, seed \d: test/acc is nan"):
+        run_claim(claim(arms=arms), fake / "out", 1, lambda line: None)
+
+
+def test_a_training_that_fails_ends_with_1(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {**claim().arms, "ours": _claim.Arm("fake", ["--fail"])}
+    monkeypatch.setattr(_claim, "read", lambda name: claim(arms=arms))
+    assert _claim.main(["fake", "--out", str(fake / "out")]) == 1
+    assert "ended with 1: it went wrong" in capsys.readouterr().err
+
+
+def test_seeds_are_given_by_commas_or_words(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_claim, "read", lambda name: claim())
+    for words in (["7,8"], ["7", "8"], ["7,8", "8"]):
+        assert _claim.main(["fake", "--out", str(fake / "out"), "--seeds", *words]) == 0
+        found = json.loads((fake / "out" / "fake" / "result.json").read_text())
+        assert list(found["results"]["ours"]) == ["7", "8"]
+
+
+def test_a_child_that_hears_no_signal_is_ended(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_claim.Trainer, "grace", 0.5)
+    arms = {"plain": _claim.Arm("fake", ["--deaf"]), "ours": _claim.Arm("fake", ["--deaf"])}
+    deaf = _claim.cells(claim(arms=arms, seeds=[1]), fake / "out")
+    trainer = _claim.Trainer(2, "test/acc", "v")
+    futures = [trainer.pool.submit(trainer.train, cell) for cell in deaf]
+    outputs = [cell.folder / "output.txt" for cell in deaf]
+    for _ in range(100):
+        time.sleep(0.1)
+        if all(file.is_file() and "deaf" in file.read_text() for file in outputs):
+            break
+    begun = time.monotonic()
+    trainer.stop()
+    assert time.monotonic() - begun < 10  # they would sleep for a minute
+    for future in futures:
+        with pytest.raises(CellFailed, match="ended with -9"):
+            future.result()
+
+
+def test_the_runner_is_light() -> None:
+    program = "import sys, recipes._claim; recipes._claim.t_interval([1.0, 2.0]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_another_source_is_trained_again(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +233,12 @@ def test_claims_that_cannot_be_decided_are_refused(tmp_path: Path) -> None:
         ({"direction": "up"}, "max or min"),
         ({"arms": {"ERM": {}}}, "is no claim"),
         ({"colour": "red"}, "is no claim"),
+        ({"arms": {**good["arms"], "ERM": {"recipe": "classifier", "arg": []}}}, "is no claim: .*'arg'"),
+        ({"arms": {**good["arms"], "ERM": {"recipe": "clasifier"}}}, "no recipe 'clasifier'; there are: .*classifier"),
+        ({"seeds": [1, 2, 3, 4]}, "at least 5 seeds"),
+        ({"seeds": [1, 2, 3, 4, 4, 5]}, "all different"),
+        ({"seeds": 5}, "is no claim"),
+        ({"margin": "much"}, "is no claim"),
     ):
         (tmp_path / "x").mkdir(exist_ok=True)
         (tmp_path / "x" / "claim.yaml").write_text(yaml.safe_dump({**good, **change}))
@@ -161,7 +255,15 @@ def test_every_claim_of_the_project_is_one(recipe: str) -> None:
 
 
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in ([], ["nobody"], ["advstyle", "--all"], ["advstyle", "--jobs", "0"], ["advstyle", "--seeds", "1"]):
+    for argv in (
+        [],
+        ["nobody"],
+        ["advstyle", "--all"],
+        ["advstyle", "--jobs", "0"],
+        ["advstyle", "--seeds", "1"],
+        ["advstyle", "--seeds", "1,x"],
+        ["--bogus"],
+    ):
         assert _claim.main(argv) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and "Traceback" not in said and len(said.splitlines()) <= 2

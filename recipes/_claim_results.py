@@ -1,0 +1,185 @@
+"""What a claim says and what came out of it: the statement, its statistics, the tables and the plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# ---------------------------------------------------------------------- what a claim says
+
+
+class ClaimError(ValueError):
+    """A claim that can't be decided as it stands; the message says why."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of the comparison: a recipe, what is typed after ``fit``, and a few words about it."""
+
+    recipe: str
+    args: list[str] = field(default_factory=list)
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``configs/<recipe>/claim.yaml``.
+
+    ``metric`` is a column of metrics.csv, better when larger (``direction: max``) or smaller (``min``). ``shared`` are
+    arguments of all arms. The claim holds if the technique beats the baseline by more than ``margin``, on average over
+    the seeds.
+    """
+
+    recipe: str
+    claim: str
+    metric: str
+    baseline: str
+    technique: str
+    arms: dict[str, Arm]
+    seeds: list[int]
+    direction: str = "max"
+    margin: float = 0.0
+    shared: list[str] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------------- statistics
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and the ends of its two-sided Student interval.
+
+    Raises:
+        ClaimError: for fewer than two values.
+    """
+    from scipy import stats
+
+    n = len(values)
+    if n < 2:
+        raise ClaimError("an interval needs at least two seeds")
+    mean = math.fsum(values) / n
+    error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
+    return mean, mean - reach, mean + reach
+
+
+def verdict(low: float, high: float, margin: float = 0.0) -> str:
+    """What an interval of the technique's gain says of "the gain is larger than ``margin``"."""
+    return "supported" if low > margin else "not supported" if high < margin else "inconclusive"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Gain of one arm over another (positive is better), paired by seed, with its 95 % interval.
+
+    ``gains`` are those of the single seeds, in their order.
+    """
+
+    arm: str
+    over: str
+    gains: list[float]
+    mean: float
+    low: float
+    high: float
+    verdict: str
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def compare(claim: Claim, results: dict[str, dict[int, float]]) -> list[Difference]:
+    """The claimed difference first, then each other arm over the baseline, then the technique over each other arm."""
+    others = [arm for arm in claim.arms if arm not in (claim.baseline, claim.technique)]
+    pairs = [(claim.technique, claim.baseline)]
+    pairs += [(arm, claim.baseline) for arm in others] + [(claim.technique, arm) for arm in others]
+    sign = 1 if claim.direction == "max" else -1
+    found = []
+    for arm, over in pairs:
+        gains = [sign * (results[arm][seed] - results[over][seed]) for seed in claim.seeds]
+        mean, low, high = t_interval(gains)
+        margin = claim.margin if over == claim.baseline else 0.0
+        found.append(Difference(arm, over, gains, mean, low, high, verdict(low, high, margin)))
+    return found
+
+
+# ---------------------------------------------------------------------- tables and the plot
+
+
+def table(claim: Claim, results: dict[str, dict[int, float]], differences: Sequence[Difference]) -> str:
+    """The result as Markdown: per seed, per arm, and the differences."""
+    head = ["arm", *(f"seed {seed}" for seed in claim.seeds), "mean", "sd"]
+    rows = [head, ["--"] * len(head)]
+    for name in claim.arms:
+        values = [results[name][seed] for seed in claim.seeds]
+        mean = math.fsum(values) / len(values)
+        sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        rows.append([name, *(f"{v:.3f}" for v in values), f"{mean:.3f}", f"{sd:.3f}"])
+    lines = [
+        f"Claim: {claim.claim}",
+        "",
+        f"`{claim.metric}`:",
+        "",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+    lines += ["| difference | mean [95 % interval] | verdict |", "| -- | -- | -- |"]
+    lines += [f"| {d.arm} over {d.over} | {d} | {d.verdict} |" for d in differences]
+    about = [f"- {name}: {arm.about}" for name, arm in claim.arms.items() if arm.about]
+    lines += ["", *about] if about else []
+    return "\n".join([*lines, "", f"Verdict: **{differences[0].verdict}**"])
+
+
+def plot(claim: Claim, results: dict[str, dict[int, float]], differences: Sequence[Difference], file: Path) -> None:
+    """Left: every seed of every arm, seeds joined by lines. Right: the differences of the seeds and their intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.6 + 0.42 * max(len(differences), 6)), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    arms = list(claim.arms)
+    for seed in claim.seeds:
+        left.plot(range(len(arms)), [results[a][seed] for a in arms], "o-", color="0.6", linewidth=0.7, markersize=4)
+    means = [math.fsum(results[a].values()) / len(results[a]) for a in arms]
+    left.plot(range(len(arms)), means, "_", color="C3", markersize=26, markeredgewidth=2.5, label="mean")
+    left.set_xticks(range(len(arms)), arms, rotation=25, ha="right")
+    left.set_ylabel(claim.metric)
+    left.margins(x=0.12)
+    left.legend(frameon=False)
+    left.set_title(f"{len(claim.seeds)} paired seeds", fontsize=10)
+    for i, d in enumerate(reversed(differences)):
+        colour = {"supported": "C2", "not supported": "C3", "inconclusive": "0.4"}[d.verdict]
+        right.plot([d.low, d.high], [i, i], color=colour, linewidth=2)
+        right.plot([d.mean], [i], "o", color=colour)
+        right.plot(d.gains, [i - 0.22] * len(d.gains), "o", color="0.6", markersize=3.5)
+    right.axvline(0, color="black", linewidth=0.8)
+    if claim.margin:
+        right.axvline(claim.margin, color="black", linewidth=0.8, linestyle="--", label="margin over the baseline")
+        right.legend(frameon=False, fontsize=8)
+    right.set_yticks(range(len(differences)), [f"{d.arm} over {d.over}" for d in reversed(differences)])
+    right.set_xlabel(f"gain in {claim.metric}" + (" (smaller is better)" if claim.direction == "min" else ""))
+    right.set_title("gain: mean and 95 % interval; below it the single seeds", fontsize=10)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{claim.recipe}: {differences[0].verdict}", fontsize=12)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """All claims as one Markdown table, in the README's format."""
+    lines = [
+        "| recipe | claim | metric: means of the arms | gain over the baseline [95 %] | seeds | verdict | minutes |",
+        "| -- | -- | -- | -- | -- | -- | -- |",
+    ]
+    for r in results:
+        means = ", ".join(f"{arm} {math.fsum(v.values()) / len(v):.3f}" for arm, v in r["results"].items())
+        seeds = len(next(iter(r["results"].values())))
+        gain = r["differences"][0]["text"]
+        lines.append(
+            f"| {r['recipe']} | {r['claim']} | `{r['metric']}`: {means} | {gain} | {seeds} | **{r['verdict']}** "
+            f"| {r['minutes']:.0f} |"
+        )
+    return "\n".join(lines)
