@@ -155,7 +155,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         self.images = images
 
     def __len__(self) -> int:
-        return len(self.files if self.images is None and self.files is not None else self.images)  # type: ignore[arg-type]
+        return len(self.images) if self.images is not None else len(self.files or ())
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Tensor]:
         draw = draw if isinstance(draw, tuple) else Draw(0, draw)
