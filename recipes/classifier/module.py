@@ -107,9 +107,16 @@ class Classifier(LightningModule):
             raise ValueError(f"timm has no model '{backbone}'" + (f"; near it: {', '.join(near)}" if near else ""))
         if "img_size" not in options and backbone.startswith(("vit", "deit", "swin", "mixer")):
             options["img_size"] = image_size
-        self.backbone = timm.create_model(
-            backbone, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **options
-        )
+        options |= {"num_classes": num_classes, "in_chans": in_chans}
+        try:
+            self.backbone = timm.create_model(backbone, pretrained=pretrained, **options)
+        except OSError as error:  # of the hub
+            if not pretrained:
+                raise
+            raise ValueError(
+                f"the weights of '{backbone}' can't be fetched: try again with a network (timm keeps them then), "
+                "or start from random ones with --model.pretrained false"
+            ) from error
         mean, std = IMAGENET if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)

@@ -114,6 +114,15 @@ def test_an_unknown_backbone_names_near_ones() -> None:
         Classifier(backbone="resnet19")
 
 
+def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.create_model", unreachable)
+    with pytest.raises(ValueError, match="weights of 'resnet18' can't be fetched: .* --model.pretrained false"):
+        Classifier(pretrained=True)
+
+
 def test_a_bare_trainer_goes_on_without_the_technique(tmp_path) -> None:  # type: ignore[no-untyped-def]
     first = trainer(callbacks=[AdvStyle()])
     first.fit(Classifier(num_classes=5, **SMALL), datamodule=Batches())
