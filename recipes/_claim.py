@@ -337,7 +337,9 @@ def main(argv: list[str]) -> int:
             raise KeyboardInterrupt
 
     # The children don't hear the terminal, so what it says to us must end them: SIGHUP, too, unless nohup ignores it.
-    signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    # (SIGINT may be ignored, too, where a shell started us in the background; who sends it then means it.)
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    signals = [signal.SIGINT, signal.SIGTERM, *hangup]
     before = {signum: signal.signal(signum, end) for signum in signals}
     try:
         args = parser.parse_args(argv)
