@@ -176,6 +176,20 @@ class Perturbation(Callback):
         generator = self.generator(purpose, shared=True, device=device)
         return torch.rand(size * self._world, *shape, generator=generator, device=device)[self._rank :: self._world]
 
+    def rows(self, purpose: str, like: Tensor, kind: Literal["uniform", "normal"] = "uniform") -> Tensor:
+        """Numbers of the shape (B, ...) of ``like``, float32, uniform in [0, 1) or standard normal.
+
+        As :meth:`uniform` and :meth:`normal`, what one process would draw for the same examples; each is drawn from a
+        generator of its own, so ranks don't draw for each other and whole images are no waste.
+        """
+        drawn = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+        generator = torch.Generator(device=like.device)
+        seed = run_seed() if self.seed is None else self.seed
+        for i, row in enumerate(drawn):
+            generator.manual_seed(fold_seed(seed, self.name, purpose, *self._step, i * self._world + self._rank))
+            row.uniform_(generator=generator) if kind == "uniform" else row.normal_(generator=generator)
+        return drawn
+
     # ------------------------------------------------------------------ the loop
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -32,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {}
 #: The DataModule's class of recipes that aren't trained on images (below: Images), by name of the recipe.
 DATA: dict[str, type[LightningDataModule]] = {}
 #: Arguments of techniques that can't do without, by class name.
-TECHNIQUES: dict[str, dict[str, Any]] = {}
+TECHNIQUES: dict[str, dict[str, Any]] = {"AdversarialInput": {"steps": 2}}
 #: (recipe, technique) that don't go together, and a part of what the technique then says (a ValueError).
 APART: dict[tuple[str, str], str] = {("classifier", "NeedsAttention"): "no attention"}
 
