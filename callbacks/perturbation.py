@@ -221,8 +221,9 @@ class Perturbation(Callback):
         if not isinstance(batch, MutableMapping):
             raise ValueError(f"{type(self).__name__} needs batches that are dicts, not {type(batch).__name__}")
         self._given = (batch, dict(batch))
-        for technique in sorted(techniques, key=lambda c: SITES.index(c.site)):
+        for technique in techniques:  # of all before any perturbs: an attack's loss may draw for another technique
             technique._step = (trainer.current_epoch, batch_idx)
+        for technique in sorted(techniques, key=lambda c: SITES.index(c.site)):
             if technique.active(trainer):
                 self._perturbed.append(technique)  # before: what fails halfway is restored too
                 technique.perturb(pl_module, batch)

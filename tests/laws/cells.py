@@ -28,7 +28,7 @@ from recipes._cli import HOME
 CLASSES, SIDE, BATCH, STEPS = 3, 32, 4, 3
 
 #: Arguments of recipes beside what all recipes with a backbone get (below), by name of the recipe.
-RECIPES: dict[str, dict[str, Any]] = {}
+RECIPES: dict[str, dict[str, Any]] = {"adversarial_training": {"norm": "l2", "eps": 0.5, "steps": 2}}
 #: The DataModule's class of recipes that aren't trained on images (below: Images), by name of the recipe.
 DATA: dict[str, type[LightningDataModule]] = {}
 #: Arguments of techniques that can't do without, by class name.
