@@ -58,7 +58,7 @@ def test_table_keeps_its_width_and_its_words(width: int) -> None:
         ("advstile", "did you mean 'advstyle'?"),
         ("recipes.advstyl", "did you mean 'advstyle'?"),
         ("clam", "did you mean 'claim'?"),
-        ("zzzz", "the recipes are: advstyle, "),
+        ("zzzz", "the recipes are: adversarial_training, advstyle, "),
     ],
 )
 def test_unknown_name_is_one_line(capsys: pytest.CaptureFixture[str], name: str, hint: str) -> None:
