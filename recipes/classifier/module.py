@@ -20,6 +20,7 @@ from callbacks.perturbation import (
     match_optimizer_groups,
     parameter_groups,
 )
+from recipes.classifier import networks as networks  # importing it makes the CIFAR networks known to timm
 
 #: Mean and standard deviation of ImageNet's RGB values, with which timm's weights were trained.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -51,7 +52,7 @@ class Classifier(LightningModule):
     """Cross-entropy on the logits of a timm backbone; accuracy per domain.
 
     Args:
-        backbone: name of a timm model.
+        backbone: name of a timm model, or of one in :mod:`recipes.classifier.networks`.
         num_classes: from the data.
         in_chans: channels of the image; from the data.
         image_size: height of the image in pixels; from the data. Given to backbones that are built for one size.
