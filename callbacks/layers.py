@@ -1,8 +1,10 @@
-"""Finds the layers of a network on which a technique hangs modules, and the shapes of what comes out of them."""
+"""A network's layers: finding those on which a technique hangs, adding to what comes out, running what lies behind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,3 +96,106 @@ def layer_shapes(module: LightningModule, layers: dict[str, nn.Module]) -> dict[
         if name not in shapes:
             raise ValueError(f"layer '{name}' is never called in the forward pass of {type(module).__name__}")
     return shapes
+
+
+class _Reached(Exception):
+    """The forward pass has come to the layer that is looked for."""
+
+
+class Behind:
+    """Runs only what comes behind a layer, over and over: what came before it is run once and replayed.
+
+    In :meth:`reach` every submodule that ends before the layer's first output has its output noted; in
+    :meth:`replaying` those submodules give what they gave, without running, and the layer gives ``output``. What a
+    submodule's own ``forward`` computes between its children (a sum, say) is computed again. Hooks run in both.
+
+    Args:
+        network: the module whose submodules are replayed.
+        layer: one of them.
+    """
+
+    def __init__(self, network: nn.Module, layer: nn.Module) -> None:
+        self.layer = layer
+        self._modules = [m for m in network.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._kept: list[tuple[nn.Module, Tensor]] = []
+        self._next = 0
+        #: What the layer gives while it is replayed, (B, ...).
+        self.output: Tensor | None = None
+
+    @contextmanager
+    def _wrapped(self, wrap: Callable[..., Any]) -> Iterator[None]:
+        before = [(m, m.__dict__.get("forward")) for m in self._modules]
+        try:
+            with torch.compiler.set_stance("force_eager"):  # a compiled graph would run the old forward
+                for m in self._modules:
+                    m.__dict__["forward"] = functools.partial(wrap, m, m.forward)
+                yield
+        finally:
+            for m, own in before:
+                m.__dict__.pop("forward")
+                if own is not None:
+                    m.__dict__["forward"] = own
+
+    def reach(self, run: Callable[[], Any]) -> Tensor:
+        """Run until the layer's first output, (B, ...), without gradients; what comes behind it isn't run.
+
+        Raises:
+            ValueError: if the layer isn't called, or gives no tensor.
+        """
+        self._kept, self.output = [], None
+        try:
+            with self._wrapped(self._note), torch.no_grad():
+                run()
+        except _Reached as reached:
+            output = reached.args[0]
+            if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() < 2:
+                raise ValueError(f"the layer {type(self.layer).__name__} gives no tensor (B, ...) to perturb") from None
+            return output.detach()
+        raise ValueError(f"the layer {type(self.layer).__name__} is never called in the loss")
+
+    def _note(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        first = len(self._kept)
+        output = forward(*args, **named)
+        if module is self.layer:
+            del self._kept[first:]
+            raise _Reached(output)
+        if isinstance(output, Tensor):
+            self._kept[first:] = [(module, output.detach().clone())]  # it may be changed in place behind this module
+        return output
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Inside, passes run only what comes behind the layer; set :attr:`output` and call :meth:`again` for each."""
+        with self._wrapped(self._replay):
+            yield
+
+    def again(self, output: Tensor) -> None:
+        """The next pass begins; its layer gives this, (B, ...)."""
+        self.output, self._next = output, 0
+
+    def _replay(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        if self._next < len(self._kept):
+            noted, output = self._kept[self._next]
+            if module is noted:
+                self._next += 1
+                return output.clone()
+        elif module is self.layer and self.output is not None:
+            output, self.output = self.output, None
+            return output
+        return forward(*args, **named)
+
+
+class Added:
+    """A tensor added to what comes out of a layer, while there is one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        #: (B, ...), of the output's shape; None: nothing is added.
+        self.delta: Tensor | None = None
+        self._handle = layer.register_forward_hook(self._add)
+
+    def _add(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output if self.delta is None else output + self.delta.to(output.dtype)
+
+    def remove(self) -> None:
+        self._handle.remove()

@@ -90,6 +90,8 @@ class Perturbation(Callback):
     #: Constructor arguments at which an example is perturbed without looking at the others of its batch; then two ranks
     #: give the update of one process exactly (law 4). None: there are none.
     per_example: ClassVar[Mapping[str, Any] | None] = None
+    #: Whether it adds gradients of its own to the step's, on purpose, where they are accumulated (see FreeLB).
+    adds_gradients: ClassVar[bool] = False
 
     def __init__(
         self,

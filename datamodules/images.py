@@ -289,6 +289,8 @@ class ImageDataModule(LightningDataModule):
         self._sets: dict[str, ImageSet] = {}
         self._resumed: dict[str, int] | None = None
         self._order: TrainBatches | None = None
+        #: How often each training batch comes in a row; set by techniques that replay batches, before the loaders are.
+        self.replays = 1
 
     @property
     def seed(self) -> int:
@@ -329,9 +331,10 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         examples = self.part("train")
         examples.transform = Augmentation(self.seed, len(examples), self.flip, self.translate, self.transform)
-        order = TrainBatches(len(examples), self.batch_size, self.seed)
+        order = TrainBatches(len(examples), self.batch_size, self.seed, replays=self.replays)
         if self._resumed is not None:
             order.epoch, order.consumed = self._resumed["epoch"], self._resumed["consumed"]
+            order.replayed = self._resumed["replayed"] % self.replays
             self._resumed = None
         elif self.trainer is not None:
             order.epoch = self.trainer.current_epoch
@@ -357,9 +360,11 @@ class ImageDataModule(LightningDataModule):
         done = progress.current.processed  # type: ignore[attr-defined]  # declared as a narrower class
         if progress.is_last_batch or done >= len(self._order):
             return {"epoch": epoch + 1, "consumed": 0}
-        return {"epoch": epoch, "consumed": done * self._order.step}
+        batches, replayed = divmod(done, self._order.replays)
+        place = {"epoch": epoch, "consumed": batches * self._order.step}
+        return {**place, "replayed": replayed} if replayed else place
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = (
-            {"epoch": int(state_dict["epoch"]), "consumed": int(state_dict["consumed"])} if state_dict else None
+            {"replayed": 0, **{key: int(value) for key, value in state_dict.items()}} if state_dict else None
         )

@@ -40,13 +40,20 @@ class TrainBatches(Sampler[list[Draw]]):
         seed: of the order.
         rank: of this process; asked of torch.distributed if omitted.
         world: number of ranks; likewise.
+        replays: each batch comes so many times in a row; :attr:`replayed` of the first one's are skipped once.
 
     Raises:
         ValueError: if the set is smaller than one step of all ranks.
     """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int = 0, rank: int | None = None, world: int | None = None
+        self,
+        size: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int | None = None,
+        world: int | None = None,
+        replays: int = 1,
     ) -> None:
         here = ranks()
         self.rank = here[0] if rank is None else rank
@@ -59,6 +66,7 @@ class TrainBatches(Sampler[list[Draw]]):
             )
         self.epoch = 0
         self.consumed = 0
+        self.replays, self.replayed = replays, 0
 
     @property
     def sampler(self) -> TrainBatches:
@@ -69,15 +77,19 @@ class TrainBatches(Sampler[list[Draw]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size // self.step
+        return self.size // self.step * self.replays
 
     def __iter__(self) -> Iterator[list[Draw]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.size, generator=generator).tolist()
         first, self.consumed = self.consumed, 0
+        skipped, self.replayed = self.replayed, 0
         epoch = self.epoch
         for start in range(first, self.size - self.step + 1, self.step):
-            yield [Draw(epoch, i) for i in order[start : start + self.step][self.rank :: self.world]]
+            batch = [Draw(epoch, i) for i in order[start : start + self.step][self.rank :: self.world]]
+            for _ in range(skipped, self.replays):
+                yield batch
+            skipped = 0
 
 
 class EvalBatches(Sampler[list[Draw]]):

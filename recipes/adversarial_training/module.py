@@ -1,4 +1,4 @@
-"""Adversarial training of image classifiers, with the objectives of five papers.
+"""Adversarial training of image classifiers, with the objectives of eight papers.
 
 The claim: a network trained on the inputs that projected gradient descent finds within a ball classifies attacked
 images better than one trained on clean images, at a price in clean accuracy.
@@ -9,7 +9,10 @@ images better than one trained on clean images, at a price in clean accuracy.
 * ``alp``: both cross-entropies and lam times the distance of the logits (arXiv 1803.06373).
 * ``vat``: clean cross-entropy and lam times the divergence in the direction to which the output is most sensitive; it
   needs no labels, so examples with label -1 take part in it (arXiv 1704.03976).
-* ``fast``: cross-entropy on the inputs of FGSM from a random start (Wong et al., arXiv 2001.03994).
+* ``fast``: cross-entropy on the inputs of FGSM from a random start (Wong et al., arXiv 2001.03994); a watch says when
+  robustness is lost within an epoch.
+* ``free``: each batch ``replays`` times, with a perturbation that is carried along (:mod:`callbacks.free`, 1904.12843).
+* ``freelb``, ``smart``: of token embeddings, for ViTs (:mod:`callbacks.embeddings`, 1909.11764 and 1911.03437).
 
 What a step does: the technique :class:`Craft` puts the crafted images into the batch as ``adversarial``, at untouched
 weights and before any weight perturbation; then ``loss`` is a function of the batch alone.
@@ -21,6 +24,7 @@ What is sound here and not in the released codes:
   inside the loss (TRADES, MART and VAT do, which breaks accumulation).
 * TRADES forwards the clean images in training mode once, not twice, so their batch-norm statistics count once.
 * Its random start is clipped to the box; radii are of pixels in [0, 1], normalisation sits inside the model.
+* TRADES, VAT and SMART craft in float32 under mixed precision, too: their gradients there are small differences.
 * VAT's clean distribution and its gradient step come from the same pass, and only the clean pass moves batch norm.
 """
 
@@ -36,11 +40,15 @@ from torch import Tensor
 
 from callbacks.adversary import Norm, classification, pgd
 from callbacks.balls import Ball, length, on_ball
+from callbacks.embeddings import FreeLB, embedding_layer, smart_loss, smart_step
+from callbacks.free import FreeAdversary
+from callbacks.layers import Added, Behind, find_layers
+from callbacks.overfitting import CatastrophicOverfitting
 from callbacks.perturbation import Batch, Mode, Perturbation, crafting
 from recipes.adversarial_training.objectives import alp_loss, kl_divergence, mart_loss, trades_loss, vat_loss
 from recipes.classifier import Classifier
 
-Objective = Literal["standard", "trades", "mart", "alp", "vat", "fast"]
+Objective = Literal["standard", "trades", "mart", "alp", "vat", "fast", "free", "freelb", "smart"]
 #: alpha / eps, steps and the weight of the second term, as published; used where a setting is omitted.
 PUBLISHED: dict[str, tuple[float, int, float]] = {
     "standard": (0.25, 10, 0.0),
@@ -49,11 +57,21 @@ PUBLISHED: dict[str, tuple[float, int, float]] = {
     "alp": (0.25, 10, 0.5),
     "vat": (1.0, 1, 1.0),
     "fast": (1.25, 1, 0.0),
+    "free": (1.0, 1, 0.0),
+    "freelb": (1 / 6, 2, 0.0),
+    "smart": (1.0, 1, 1.0),
 }
+#: Whose radius is one of embeddings, not of pixels.
+EMBEDDED = ("freelb", "smart")
+
+
+def _float32(x: Tensor) -> torch.autocast:
+    """Out of mixed precision: near the clean image a divergence's gradient is a difference that bf16 rounds away."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class Craft(Perturbation):
-    """Puts ``adversarial`` into the batch: what the recipe's own attack makes of ``image``."""
+    """Puts ``adversarial`` into the batch: what the recipe's own attack makes of ``image`` (SMART: of the tokens)."""
 
     def perturb(self, module: LightningModule, batch: Batch) -> None:
         assert isinstance(module, AdversarialTrainer)
@@ -65,12 +83,16 @@ class AdversarialTrainer(Classifier):
 
     Args:
         objective: see the head of this file.
-        eps: radius in pixels of [0, 1]; of ``vat`` the l2 length of the step.
+        eps: radius in pixels of [0, 1]; of ``vat`` the l2 length of the step; of ``freelb`` the length of the start and
+            the largest one; of ``smart`` the largest entry of a token's perturbation.
         alpha: length of the attack's step; the paper's share of ``eps`` if omitted.
-        steps: of the attack (of ``vat``: power iterations); the paper's if omitted.
+        steps: of the attack (of ``vat``: power iterations; of ``freelb``: K); the paper's if omitted.
         norm: of the ball, ``linf`` or ``l2``.
-        beta: weight of the second term (lam of ``alp`` and ``vat``); the paper's if omitted.
-        xi: length of the step with which ``vat`` looks for its direction.
+        beta: weight of the second term (lam of ``alp``, ``vat`` and ``smart``); the paper's if omitted.
+        xi: length of the step with which ``vat`` looks for its direction, and deviation of the noise from which
+            ``smart`` starts (published 1e-6 and 1e-5, which rounding swallows).
+        replays: of ``free``: how often each batch is trained on; an epoch is as many passes over the data.
+        layer: of ``freelb`` and ``smart``: whose output is perturbed; the token embedding if omitted.
         attack_mode: mode of the network while the attack runs; see :func:`callbacks.perturbation.crafting`.
         schedule: of the learning rate: ``cosine`` (per epoch), ``cyclic`` (per step: from 0 up to ``lr`` at ``peak`` of
             the run and down to 0), or ``step`` (a tenth at each of the ``milestones``).
@@ -101,6 +123,8 @@ class AdversarialTrainer(Classifier):
         norm: Norm = "linf",
         beta: float | None = None,
         xi: float = 0.01,
+        replays: int = 8,
+        layer: str | None = None,
         attack_mode: Mode = "eval",
         schedule: Literal["cosine", "cyclic", "step"] = "cosine",
         milestones: Sequence[int] = (),
@@ -120,35 +144,58 @@ class AdversarialTrainer(Classifier):
         super().__init__(backbone, num_classes, in_chans, image_size, class_names, domain_names, **classifier)
         self.save_hyperparameters()
         share, published_steps, weight = PUBLISHED[objective]
-        self.objective, self.eps, self.norm, self.xi, self.attack_mode = objective, eps, norm, xi, attack_mode
+        self.objective, self.radius, self.xi, self.attack_mode = objective, eps, xi, attack_mode
+        #: Radius and norm as evaluators take them; None where the radius isn't one of pixels.
+        self.eps: float | None = None if objective in EMBEDDED else eps
+        self.norm: Norm = "l2" if objective == "vat" else norm
+        self.replays, self.layer = replays, layer
         self.alpha = share * eps if alpha is None else alpha
         self.steps = published_steps if steps is None else steps
         self.beta = weight if beta is None else beta
-        self._craft = Craft(name="craft")
+        self._plugs = self._made()
+        self._added: Added | None = None
+
+    def _made(self) -> list[Callback]:
+        """The techniques and watches that make up the objective."""
+        eps, norm = self.radius, self.norm
+        if self.objective == "free":
+            return [FreeAdversary(eps, self.replays, norm)]
+        if self.objective == "freelb":
+            return [FreeLB(self.layer, self.steps, self.alpha, mag=eps, eps=eps, norm=norm)]
+        return [Craft(name="craft"), *([CatastrophicOverfitting()] if self.objective == "fast" else [])]
 
     def configure_callbacks(self) -> list[Callback]:
-        return [] if self._craft in self.trainer.callbacks else [self._craft]  # type: ignore[attr-defined]
+        there: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
+        watched = any(isinstance(c, CatastrophicOverfitting) for c in there)
+        own = [c for c in self._plugs if not (watched and isinstance(c, CatastrophicOverfitting))]
+        return [] if own[0] in there else own
 
     # ------------------------------------------------------------------ crafting
 
     def craft(self, batch: Batch, draws: Perturbation | None = None) -> Tensor:
-        """Adversarial images (B, C, H, W) of a batch; ``draws`` gives the random numbers (its own if omitted)."""
-        draws, x, label = draws or self._craft, batch["image"].detach(), batch["label"]
+        """Adversarial images (B, C, H, W) of a batch, or, of ``smart``, a perturbation of its tokens (B, T, D).
+
+        ``draws`` gives the random numbers (a technique of the recipe's own if omitted).
+        """
+        draws, x, label = draws or Craft(name="craft"), batch["image"].detach(), batch["label"]
         if self.objective == "vat":
             return self._most_sensitive(x, draws)
+        if self.objective == "smart":
+            return self._most_sensitive_tokens(x, draws)
         if self.objective in ("trades", "mart"):
             begin = 0.001 * draws.rows("start", x, "normal")
         elif self.norm == "linf":
-            begin = draws.rows("start", x) * (2 * self.eps) - self.eps
+            begin = draws.rows("start", x) * (2 * self.radius) - self.radius
         else:
             radius = draws.uniform("radius", len(x), device=x.device)
-            begin = on_ball(draws.rows("start", x, "normal"), radius, self.eps)
-        settings: dict[str, Any] = {"eps": self.eps, "alpha": self.alpha, "steps": self.steps, "norm": self.norm}
+            begin = on_ball(draws.rows("start", x, "normal"), radius, self.radius)
+        settings: dict[str, Any] = {"eps": self.radius, "alpha": self.alpha, "steps": self.steps, "norm": self.norm}
         with crafting(self, self.attack_mode):
             if self.objective == "trades":
-                with torch.no_grad():
-                    clean = self(x)
-                return pgd(lambda z: kl_divergence(clean, self(z)), x, start=begin, **settings)
+                with _float32(x):
+                    with torch.no_grad():
+                        clean = self(x)
+                    return pgd(lambda z: kl_divergence(clean, self(z)), x, start=begin, **settings)
             smoothing = self.hparams["label_smoothing"]
             return pgd(
                 lambda z: F.cross_entropy(self(z).float(), label, reduction="none", label_smoothing=smoothing),
@@ -159,7 +206,7 @@ class AdversarialTrainer(Classifier):
 
     def _most_sensitive(self, x: Tensor, draws: Perturbation) -> Tensor:
         """VAT's step: along the dominant direction of the divergence's curvature, by power iteration."""
-        with crafting(self, "train"):
+        with crafting(self, "train"), _float32(x):
             with torch.no_grad():
                 clean = self(x)
             d = draws.rows("direction", x, "normal")
@@ -167,17 +214,54 @@ class AdversarialTrainer(Classifier):
                 d = (d / length(d).clamp_min(1e-12)).requires_grad_()
                 divergence = kl_divergence(clean, self(x + self.xi * d)).sum()
                 d = torch.autograd.grad(divergence, d)[0]
-        return Ball(x, self.eps, "l2").exact(x + self.eps * d / length(d).clamp_min(1e-12))
+        return Ball(x, self.radius, "l2").exact(x + self.radius * d / length(d).clamp_min(1e-12))
+
+    def _tokens(self) -> Added:
+        """What adds to the token embedding; hung there the first time, and idle but for SMART's second pass."""
+        if self._added is None:
+            self.layer = self.layer or embedding_layer(self)
+            self._added = Added(find_layers(self, [self.layer])[self.layer])
+        return self._added
+
+    def _most_sensitive_tokens(self, x: Tensor, draws: Perturbation) -> Tensor:
+        """SMART's steps: from small noise along the gradient of the divergence, within ``eps`` of each entry."""
+        added = self._tokens()
+        with crafting(self, self.attack_mode), _float32(x):
+            behind = Behind(self, added.layer)
+            h = behind.reach(lambda: self(x)).float()
+            with torch.no_grad():
+                clean = self(x)
+            noise = self.xi * draws.rows("noise", h, "normal")
+            with behind.replaying():
+                for _ in range(self.steps):
+                    noise.requires_grad_()
+                    behind.again(h + noise)
+                    gradient = torch.autograd.grad(kl_divergence(clean, self(x)).sum(), noise)[0]
+                    noise = smart_step(noise.detach(), gradient, self.alpha, self.radius)
+        return noise
 
     # ------------------------------------------------------------------ the step
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         image, label, adversarial = batch["image"], batch["label"], batch.get("adversarial")
+        if self.objective in ("free", "freelb"):  # the technique perturbs what this sees
+            return super().loss(batch)
+        if adversarial is None and self.objective == "smart":
+            adversarial = self.craft(batch)
         if adversarial is None:  # outside of a training step; the perturbation is constant, the image is not
             adversarial = image + (self.craft(batch) - image).detach()
         if self.objective in ("standard", "fast"):
             return super().loss({**batch, "image": adversarial})
         logits = self(image)
+        if self.objective == "smart":
+            added = self._tokens()
+            try:
+                added.delta = adversarial
+                with crafting(self, "train", parameters=True):
+                    adv_logits = self(image)
+            finally:
+                added.delta = None
+            return F.cross_entropy(logits.float(), label) + self.beta * smart_loss(logits, adv_logits)
         if self.objective == "vat":
             with crafting(self, "train", parameters=True):
                 adv_logits = self(adversarial)
@@ -188,8 +272,13 @@ class AdversarialTrainer(Classifier):
         return objective(logits, self(adversarial), label, self.beta)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """As the classifier's, and ``holds``: whether PGD-20 with 2 starts fails to change the answer at ``eps``."""
+        """As the classifier's, and ``holds``: whether PGD-20 with 2 starts fails to change the answer at ``eps``.
+
+        Without ``holds`` where the radius isn't one of pixels.
+        """
         found = super().predict_step(batch, batch_idx)
+        if self.eps is None:
+            return found
         x, answer = batch["image"].clone(), found["prediction"].clone()
         with crafting(self, "eval"):
             settings: dict[str, Any] = {"eps": self.eps, "steps": 20, "norm": self.norm, "restarts": 2}

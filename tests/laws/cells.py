@@ -32,7 +32,12 @@ RECIPES: dict[str, dict[str, Any]] = {"adversarial_training": {"norm": "l2", "ep
 #: The DataModule's class of recipes that aren't trained on images (below: Images), by name of the recipe.
 DATA: dict[str, type[LightningDataModule]] = {}
 #: Arguments of techniques that can't do without, by class name.
-TECHNIQUES: dict[str, dict[str, Any]] = {"AdversarialInput": {"steps": 2}}
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "AdversarialInput": {"steps": 2},
+    "FreeAdversary": {"replays": 1},  # what replays do to the loop is tested beside the technique
+    "FreeLB": {"layer": "layer1"},
+    "LatentAdversarial": {"steps": 2},
+}
 #: (recipe, technique) that don't go together, and a part of what the technique then says (a ValueError).
 APART: dict[tuple[str, str], str] = {("classifier", "NeedsAttention"): "no attention"}
 
