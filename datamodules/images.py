@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -41,8 +41,10 @@ def run_seed() -> int:
 # ---------------------------------------------------------------------- decoding
 
 
-def decode(file: Path, size: tuple[int, int]) -> Tensor:
+def decode(file: Path, size: tuple[int, int], crop: bool = False) -> Tensor:
     """An image file as uint8 (3, H, W), squashed to ``size`` = (H, W) with bicubic filtering (Dassl's ``Resize``).
+
+    With ``crop`` it isn't squashed: it is scaled to 8/7 of the size and the middle is cut out (ImageNet's custom).
 
     Raises:
         ValueError: naming the file, if it is no image or is cut short.
@@ -52,7 +54,9 @@ def decode(file: Path, size: tuple[int, int]) -> Tensor:
             if opened.format == "JPEG":
                 opened.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes large photographs at a fraction of the size
             image = opened.convert("RGBA").convert("RGB") if opened.mode in ("P", "PA", "LA") else opened.convert("RGB")
-            if image.size != (size[1], size[0]):
+            if crop and image.size != (size[1], size[0]):
+                image = _middle(image, size)
+            elif image.size != (size[1], size[0]):
                 image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     except FileNotFoundError:
@@ -62,6 +66,14 @@ def decode(file: Path, size: tuple[int, int]) -> Tensor:
             f"{file} can't be read as an image ({' '.join(str(error).split())}): fetch it again, or leave such files "
             "out with --data.on_corrupt skip"
         ) from None
+
+
+def _middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle of the image, which is first scaled so that 8/7 of ``size`` = (H, W) just fits."""
+    scale = max(8 / 7 * size[1] / image.width, 8 / 7 * size[0] / image.height)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size[1]) // 2, (image.height - size[0]) // 2
+    return image.crop((left, top, left + size[1], top + size[0]))
 
 
 def _progress(what: str, total: int) -> Any:
@@ -84,30 +96,44 @@ def _progress(what: str, total: int) -> Any:
 # ---------------------------------------------------------------------- sets of images
 
 
+class Rows(Protocol):
+    """Images that are read when they are asked for."""
+
+    shape: torch.Size
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) of positions (B,)."""
+
+
 class ImageSet(Dataset[dict[str, Tensor]]):
     """Images with labels and domains, in memory or on disk; a batch is fetched as a whole.
 
     Args:
-        images: uint8 (N, C, H, W), or N files.
+        images: uint8 (N, C, H, W), or what is indexed like that, or N files.
         entries: int64 or bool tensors (N,), ``label`` and ``domain`` among them; they become entries of the batch.
         size: (H, W) to which files are decoded.
         memory_gb: files are decoded once, here, if the images take no more than this; else at every fetch.
         on_corrupt: ``error``, or ``skip``: count files that can't be decoded and leave them out.
+        crop: see :func:`decode`.
     """
 
     def __init__(
         self,
-        images: Tensor | Sequence[Path],
+        images: Tensor | Rows | Sequence[Path],
         entries: Mapping[str, Tensor],
         size: tuple[int, int] | None = None,
         memory_gb: float = 0.0,
         on_corrupt: OnCorrupt = "error",
+        crop: bool = False,
     ) -> None:
         self.entries = dict(entries)
         self.files: list[Path] | None = None
-        self.images: Tensor | None = None
+        self.images: Tensor | Rows | None = None
+        self.crop = crop
         self.transform: Augmentation | None = None
-        if isinstance(images, Tensor):
+        if not isinstance(images, Sequence):
             self.images, self.size = images, (images.shape[-2], images.shape[-1])
         else:
             if size is None:
@@ -127,7 +153,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
 
         def read(i: int) -> None:
             try:
-                image = decode(files[i], self.size)
+                image = decode(files[i], self.size, self.crop)
             except ValueError:
                 if on_corrupt == "error":
                     raise
@@ -168,7 +194,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
             images = self.images[index]
         else:
             assert self.files is not None
-            images = torch.stack([decode(self.files[i], self.size) for i in index.tolist()])
+            images = torch.stack([decode(self.files[i], self.size, self.crop) for i in index.tolist()])
         if self.transform is not None:
             images = self.transform(images, draws[0].epoch, index)
         batch = {"image": images.float().div_(255) if images.dtype == torch.uint8 else images}

@@ -152,6 +152,7 @@ class AdversarialTrainer(Classifier):
         self.alpha = share * eps if alpha is None else alpha
         self.steps = published_steps if steps is None else steps
         self.beta = weight if beta is None else beta
+        self._craft = Craft(name="craft")
         self._plugs = self._made()
         self._added: Added | None = None
 
@@ -162,7 +163,7 @@ class AdversarialTrainer(Classifier):
             return [FreeAdversary(eps, self.replays, norm)]
         if self.objective == "freelb":
             return [FreeLB(self.layer, self.steps, self.alpha, mag=eps, eps=eps, norm=norm)]
-        return [Craft(name="craft"), *([CatastrophicOverfitting()] if self.objective == "fast" else [])]
+        return [self._craft, *([CatastrophicOverfitting()] if self.objective == "fast" else [])]
 
     def configure_callbacks(self) -> list[Callback]:
         there: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
@@ -175,9 +176,9 @@ class AdversarialTrainer(Classifier):
     def craft(self, batch: Batch, draws: Perturbation | None = None) -> Tensor:
         """Adversarial images (B, C, H, W) of a batch, or, of ``smart``, a perturbation of its tokens (B, T, D).
 
-        ``draws`` gives the random numbers (a technique of the recipe's own if omitted).
+        ``draws`` gives the random numbers (the recipe's own technique if omitted).
         """
-        draws, x, label = draws or Craft(name="craft"), batch["image"].detach(), batch["label"]
+        draws, x, label = draws or self._craft, batch["image"].detach(), batch["label"]
         if self.objective == "vat":
             return self._most_sensitive(x, draws)
         if self.objective == "smart":
