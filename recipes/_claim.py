@@ -1,9 +1,10 @@
 """``python -m recipes claim <name>``: trains the arms of a claim on paired seeds and says what came out.
 
-``configs/<recipe>/claim.yaml`` states the claim: the arms (a recipe and its arguments, as a user would type them), the
-metric, which arm is the technique and which the baseline, and the seeds. A cell is one arm with one seed, trained by
-the very command that a user types; cells that were trained before by the same command and the same source are not
-trained again. The verdict is of the paired difference between technique and baseline.
+``configs/<recipe>/claim.yaml`` states a claim, ``claim_<part>.yaml`` a further one of the same recipe
+(``<name>/<part>``): the arms (a recipe and its arguments, as a user would type them), the metric, which arm is the
+technique and which the baseline, and the seeds. A cell is one arm with one seed, trained by the very command that a
+user types; cells that were trained before by the same command and the same source are not trained again. The verdict
+is of the paired difference between technique and baseline.
 """
 
 from __future__ import annotations
@@ -55,18 +56,19 @@ class CellFailed(ClaimError):
 # ---------------------------------------------------------------------- reading
 
 
-def read(recipe: str, folder: Path = CONFIGS) -> Claim:
-    """The claim of a recipe, checked.
+def read(name: str, folder: Path = CONFIGS) -> Claim:
+    """The claim of a name, ``recipe`` or ``recipe/part``, checked.
 
     Raises:
         ClaimError: if there is none, or it can't be decided as it stands.
     """
-    file = folder / recipe / "claim.yaml"
+    recipe, _, part = name.partition("/")
+    file = folder / recipe / (f"claim_{part}.yaml" if part else "claim.yaml")
     if not file.is_file():
         known = claimed(folder)
-        near = difflib.get_close_matches(recipe, known, 1)
+        near = difflib.get_close_matches(name, known, 1)
         tip = f"did you mean '{near[0]}'?" if near else f"those that have one: {', '.join(known)}"
-        raise ClaimError(f"'{recipe}' has no claim ({file} is not there); {tip}")
+        raise ClaimError(f"'{name}' has no claim ({file} is not there); {tip}")
     try:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
         arms = {
@@ -75,7 +77,9 @@ def read(recipe: str, folder: Path = CONFIGS) -> Claim:
         }
         shared = [str(word) for word in given.get("shared") or []]
         margin = float(given.get("margin", 0.0))
-        claim = Claim(**{**given, "recipe": recipe, "arms": arms, "shared": shared, "margin": margin})
+        also = [str(metric) for metric in given.get("also") or []]
+        own = {"recipe": recipe, "part": part, "arms": arms, "shared": shared, "margin": margin, "also": also}
+        claim = Claim(**{**given, **own})
         seeds = [int(seed) for seed in claim.seeds]
     except (TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise ClaimError(f"{file} is no claim: {' '.join(str(error).split())}") from error
@@ -94,8 +98,9 @@ def read(recipe: str, folder: Path = CONFIGS) -> Claim:
 
 
 def claimed(folder: Path = CONFIGS) -> list[str]:
-    """Recipes that have a claim."""
-    return sorted(file.parent.name for file in folder.glob("*/claim.yaml"))
+    """Names of all claims: of each recipe ``recipe`` first, then ``recipe/part``."""
+    files = [*folder.glob("*/claim.yaml"), *folder.glob("*/claim_*.yaml")]
+    return sorted("/".join([file.parent.name, *file.stem.split("_", 1)[1:]]) for file in files)
 
 
 # ---------------------------------------------------------------------- training the cells
@@ -116,7 +121,7 @@ class Cell:
 
 
 #: What no number depends on.
-_UNRELATED = ("claim.yaml", "sweep.yaml", "_claim.py", "_claim_results.py")
+_UNRELATED = re.compile(r"claim(_.*)?\.yaml|sweep\.yaml|_claim(_results)?\.py")
 
 
 def source_version() -> str:
@@ -124,46 +129,59 @@ def source_version() -> str:
     digest = hashlib.sha256()
     for package in ("callbacks", "configs", "datamodules", "recipes"):
         for file in sorted((HOME / package).rglob("*")):
-            if file.suffix in (".py", ".yaml", ".npz") and file.name not in _UNRELATED:
+            if file.suffix in (".py", ".yaml", ".npz") and not _UNRELATED.fullmatch(file.name):
                 digest.update(f"{file.relative_to(HOME)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def cells(claim: Claim, out: Path) -> list[Cell]:
-    """All cells, seed by seed, so that an early look compares like with like."""
+    """All cells, seed by seed, so that an early look compares like with like.
+
+    A folder goes by the arm's name and what is typed, so claims of a recipe share the arms that they have in common.
+    """
     found = []
     for seed in claim.seeds:
         for name, arm in claim.arms.items():
-            folder = out / "cells" / re.sub(r"[^\w.-]+", "_", name) / f"seed-{seed}"
+            typed = hashlib.sha256("\0".join([arm.recipe, *claim.shared, *arm.args]).encode()).hexdigest()[:8]
+            readable = re.sub(r"[^\w.-]+", "_", name)
+            folder = out / "cells" / f"{readable}-{typed}" / f"seed-{seed}"
             options = ["--seed_everything", str(seed), "--wandb", "off", "--trainer.default_root_dir", str(folder)]
             command = [sys.executable, "-m", f"recipes.{arm.recipe}", "fit", *claim.shared, *arm.args, *options]
             found.append(Cell(name, seed, command, folder))
     return found
 
 
-def done(cell: Cell, version: str | None) -> dict[str, Any] | None:
-    """What a cell gave, if it was trained by this command from this source (None: from any)."""
+def value(record: dict[str, Any], metric: str) -> float:
+    """What a cell gave: a metric's last value, or the wall-clock ``seconds`` of its training."""
+    return float(record["seconds"] if metric == "seconds" else record["values"][metric])
+
+
+def done(cell: Cell, version: str | None, metrics: Sequence[str]) -> dict[str, Any] | None:
+    """What a cell gave, if it was trained by this command from this source (None: from any) and has the metrics."""
     try:
         record = json.loads(cell.record.read_text(encoding="utf-8"))
         same = record["command"] == cell.command[1:] and version in (None, record["version"])
-        return record if same and math.isfinite(record["value"]) else None
+        return record if same and all(math.isfinite(value(record, metric)) for metric in metrics) else None
     except (OSError, TypeError, KeyError, json.JSONDecodeError):  # not there, or cut off while it was written
         return None
 
 
-def last_value(folder: Path, metric: str) -> float:
-    """The last value of a metric in the newest run's ``metrics.csv`` below a folder.
+def last_values(folder: Path, metrics: Sequence[str]) -> dict[str, float]:
+    """The last values of all metrics in the newest run's ``metrics.csv`` below a folder.
 
     Raises:
-        ClaimError: if there is none.
+        ClaimError: if one of those named isn't there.
     """
     files = sorted(folder.glob("*/*/metrics.csv"), key=lambda f: f.stat().st_mtime)
+    found: dict[str, float] = {}
     if files:
         with files[-1].open(newline="", encoding="utf-8") as opened:
-            values = [row[metric] for row in csv.DictReader(opened) if row.get(metric)]
-        if values:
-            return float(values[-1])
-    raise ClaimError(f"no '{metric}' in {files[-1] if files else folder}: does the recipe log it?")
+            for row in csv.DictReader(opened):
+                found |= {name: float(text) for name, text in row.items() if text}
+    for metric in metrics:
+        if metric not in found and metric != "seconds":
+            raise ClaimError(f"no '{metric}' in {files[-1] if files else folder}: does the recipe log it?")
+    return found
 
 
 class Trainer:
@@ -173,12 +191,13 @@ class Trainer:
         jobs: how many at a time.
         metric: which column of their metrics.csv is the result.
         version: of the source, kept with each result.
+        also: further columns that must be there.
     """
 
     grace = 20.0
 
-    def __init__(self, jobs: int, metric: str, version: str) -> None:
-        self.metric, self.version = metric, version
+    def __init__(self, jobs: int, metric: str, version: str, also: Sequence[str] = ()) -> None:
+        self.metric, self.version, self.also = metric, version, also
         self.pool = ThreadPoolExecutor(jobs)
         threads = max(1, (os.cpu_count() or 1) // jobs)
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _path()}
@@ -214,9 +233,10 @@ class Trainer:
             )
         seconds = round(time.monotonic() - begun, 1)
         record: dict[str, Any] = {"command": cell.command[1:], "version": self.version, "seconds": seconds}
-        record["value"] = last_value(cell.folder, self.metric)
-        if not math.isfinite(record["value"]):
-            raise CellFailed(f"{cell.arm}, seed {cell.seed}: {self.metric} is {record['value']} (see {cell.folder})")
+        record["values"] = last_values(cell.folder, [self.metric, *self.also])
+        for metric in (self.metric, *self.also):
+            if not math.isfinite(found := value(record, metric)):
+                raise CellFailed(f"{cell.arm}, seed {cell.seed}: {metric} is {found} (see {cell.folder})")
         cell.record.write_text(json.dumps(record), encoding="utf-8")
         return record
 
@@ -232,8 +252,8 @@ class Trainer:
                     cell, record = futures[future], future.result()
                     records[cell.arm, cell.seed] = record
                     eta = (time.monotonic() - begun) / len(records) * len(left)
-                    value = f"{self.metric} {record['value']:.4f}"
-                    say(f"{len(records)}/{len(wanted)}  {cell.arm}, seed {cell.seed}: {value}  eta {eta / 60:.0f} min")
+                    gave = f"{self.metric} {value(record, self.metric):.4f}"
+                    say(f"{len(records)}/{len(wanted)}  {cell.arm}, seed {cell.seed}: {gave}  eta {eta / 60:.0f} min")
         finally:
             self.stop()
         return records
@@ -272,9 +292,10 @@ def run_claim(
         What is in ``result.json``.
     """
     version = source_version()
-    wanted = cells(claim, out)
+    wanted = cells(claim, out.parent if claim.part else out)
     accepted = None if report_only else version
-    records = {(c.arm, c.seed): r for c in wanted if (r := done(c, accepted)) is not None}
+    metrics = [claim.metric, *claim.also]
+    records = {(c.arm, c.seed): r for c in wanted if (r := done(c, accepted, metrics)) is not None}
     missing = [c for c in wanted if (c.arm, c.seed) not in records]
     if report_only and missing:
         first = f"{missing[0].arm}, seed {missing[0].seed}"
@@ -285,17 +306,22 @@ def run_claim(
     if records:
         say(f"{len(records)} of {len(wanted)} cells are trained already")
     if missing:
-        records |= Trainer(min(jobs, len(missing)), claim.metric, version).all(missing, say)
-    results = {arm: {seed: records[arm, seed]["value"] for seed in claim.seeds} for arm in claim.arms}
+        records |= Trainer(min(jobs, len(missing)), claim.metric, version, claim.also).all(missing, say)
+
+    def of(metric: str) -> dict[str, dict[int, float]]:
+        return {arm: {seed: value(records[arm, seed], metric) for seed in claim.seeds} for arm in claim.arms}
+
+    results, also = of(claim.metric), {metric: of(metric) for metric in claim.also}
     differences = compare(claim, results)
-    text = table(claim, results, differences)
-    plot(claim, results, differences, out / "plot.png")
+    text = table(claim, results, differences, also)
+    plot(claim, results, differences, out / "plot.png", also)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     result = {
-        "recipe": claim.recipe,
+        "recipe": claim.name,
         "claim": claim.claim,
         "metric": claim.metric,
         "results": results,
+        "also": also,
         "differences": [vars(d) | {"text": str(d)} for d in differences],
         "verdict": differences[0].verdict,
         "minutes": round(sum(r["seconds"] for r in records.values()) / 60, 1),
@@ -321,7 +347,7 @@ def _seeds(text: str) -> list[int]:
 def main(argv: list[str]) -> int:
     """``python -m recipes claim``. Returns the exit code: 2 for bad input, 1 where a training failed."""
     parser = _Parser(prog="python -m recipes claim", description="train the arms of a claim on paired seeds")
-    parser.add_argument("recipe", nargs="?", help="whose claim")
+    parser.add_argument("recipe", nargs="?", help="whose claims, or recipe/part for one of several")
     parser.add_argument("--all", action="store_true", help="every recipe's, and one table of all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings side by side (default: cores)")
     parser.add_argument("--seeds", type=_seeds, nargs="+", metavar="1,2,..", help="other seeds than the claim's")
@@ -348,12 +374,13 @@ def main(argv: list[str]) -> int:
         seeds = list(dict.fromkeys(seed for part in args.seeds or [] for seed in part))
         if args.jobs < 1 or (args.seeds and len(seeds) < 2):
             return fail("--jobs must be at least 1, and --seeds at least two different ones")
-        claims = [read(recipe) for recipe in (claimed() if args.all else [args.recipe])]
+        names = claimed() if args.all else [n for n in claimed() if n == args.recipe or n.startswith(f"{args.recipe}/")]
+        claims = [read(name) for name in names or [args.recipe]]
         results = []
         for claim in claims:
             claim = replace(claim, seeds=seeds or claim.seeds)
-            results.append(run_claim(claim, args.out / claim.recipe, args.jobs, report_only=args.report_only))
-        if args.all:
+            results.append(run_claim(claim, args.out / claim.name, args.jobs, report_only=args.report_only))
+        if len(results) > 1:
             print(summary(results))
     except ClaimError as error:
         code = fail(str(error))

@@ -26,11 +26,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """``configs/<recipe>/claim.yaml``.
+    """``configs/<recipe>/claim.yaml``, or ``claim_<part>.yaml``.
 
     ``metric`` is a column of metrics.csv, better when larger (``direction: max``) or smaller (``min``). ``shared`` are
     arguments of all arms. The claim holds if the technique beats the baseline by more than ``margin``, on average over
-    the seeds.
+    the seeds; a negative margin is what it may lose. ``also`` are metrics that are shown and not judged (``seconds``:
+    of the training, with as many beside it as ``--jobs`` says).
     """
 
     recipe: str
@@ -43,6 +44,12 @@ class Claim:
     direction: str = "max"
     margin: float = 0.0
     shared: list[str] = field(default_factory=list)
+    also: list[str] = field(default_factory=list)
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}/{self.part}" if self.part else self.recipe
 
 
 # ---------------------------------------------------------------------- statistics
@@ -107,14 +114,35 @@ def compare(claim: Claim, results: dict[str, dict[int, float]]) -> list[Differen
 # ---------------------------------------------------------------------- tables and the plot
 
 
-def table(claim: Claim, results: dict[str, dict[int, float]], differences: Sequence[Difference]) -> str:
+Results = dict[str, dict[int, float]]
+
+
+def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def _also(claim: Claim, also: dict[str, Results]) -> list[str]:
+    """A table of the metrics that aren't judged: mean and standard deviation of each arm."""
+    lines = [f"| arm | {' | '.join(f'`{metric}`' for metric in also)} |", "| -- " * (len(also) + 1) + "|"]
+    for arm in claim.arms:
+        places = {metric: 0 if metric == "seconds" else 3 for metric in also}
+        pairs = {m: mean_and_sd([values[arm][seed] for seed in claim.seeds]) for m, values in also.items()}
+        lines.append(
+            f"| {arm} | {' | '.join(f'{a:.{places[m]}f} ± {b:.{places[m]}f}' for m, (a, b) in pairs.items())} |"
+        )
+    return lines
+
+
+def table(
+    claim: Claim, results: Results, differences: Sequence[Difference], also: dict[str, Results] | None = None
+) -> str:
     """The result as Markdown: per seed, per arm, and the differences."""
     head = ["arm", *(f"seed {seed}" for seed in claim.seeds), "mean", "sd"]
     rows = [head, ["--"] * len(head)]
     for name in claim.arms:
         values = [results[name][seed] for seed in claim.seeds]
-        mean = math.fsum(values) / len(values)
-        sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        mean, sd = mean_and_sd(values)
         rows.append([name, *(f"{v:.3f}" for v in values), f"{mean:.3f}", f"{sd:.3f}"])
     lines = [
         f"Claim: {claim.claim}",
@@ -126,19 +154,33 @@ def table(claim: Claim, results: dict[str, dict[int, float]], differences: Seque
     ]
     lines += ["| difference | mean [95 % interval] | verdict |", "| -- | -- | -- |"]
     lines += [f"| {d.arm} over {d.over} | {d} | {d.verdict} |" for d in differences]
+    if claim.margin:
+        lines += ["", f"Over {claim.baseline} a gain counts from {claim.margin:+g} on."]
+    lines += ["", *_also(claim, also)] if also else []
     about = [f"- {name}: {arm.about}" for name, arm in claim.arms.items() if arm.about]
     lines += ["", *about] if about else []
     return "\n".join([*lines, "", f"Verdict: **{differences[0].verdict}**"])
 
 
-def plot(claim: Claim, results: dict[str, dict[int, float]], differences: Sequence[Difference], file: Path) -> None:
-    """Left: every seed of every arm, seeds joined by lines. Right: the differences of the seeds and their intervals."""
+def plot(
+    claim: Claim,
+    results: Results,
+    differences: Sequence[Difference],
+    file: Path,
+    also: dict[str, Results] | None = None,
+) -> None:
+    """Left: every seed of every arm, seeds joined by lines. Then: the differences of the seeds and their intervals.
+
+    Right, where there are other metrics: the metric against the first of them, mean and standard deviation.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 1.6 + 0.42 * max(len(differences), 6)), layout="constrained")
+    panels = 3 if also else 2
+    size = (5.5 * panels, 1.6 + 0.42 * max(len(differences), 6))
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    left, right, *more = figure.subplots(1, panels, width_ratios=(1, 1.1, 0.9)[:panels])
     arms = list(claim.arms)
     for seed in claim.seeds:
         left.plot(range(len(arms)), [results[a][seed] for a in arms], "o-", color="0.6", linewidth=0.7, markersize=4)
@@ -161,9 +203,18 @@ def plot(claim: Claim, results: dict[str, dict[int, float]], differences: Sequen
     right.set_yticks(range(len(differences)), [f"{d.arm} over {d.over}" for d in reversed(differences)])
     right.set_xlabel(f"gain in {claim.metric}" + (" (smaller is better)" if claim.direction == "min" else ""))
     right.set_title("gain: mean and 95 % interval; below it the single seeds", fontsize=10)
-    for axis in (left, right):
+    for axis, (metric, values) in zip(more, (also or {}).items(), strict=False):
+        for arm in arms:
+            x, y = (mean_and_sd([each[arm][seed] for seed in claim.seeds]) for each in (values, results))
+            axis.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], fmt="o", markersize=4, capsize=2)
+            axis.annotate(arm, (x[0], y[0]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axis.set_xlabel(metric)
+        axis.set_ylabel(claim.metric)
+        axis.margins(0.15)
+        axis.set_title("mean and standard deviation", fontsize=10)
+    for axis in (left, right, *more):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{claim.recipe}: {differences[0].verdict}", fontsize=12)
+    figure.suptitle(f"{claim.name}: {differences[0].verdict}", fontsize=12)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
 

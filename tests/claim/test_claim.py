@@ -19,7 +19,7 @@ from recipes._claim import (
     Claim,
     ClaimError,
     compare,
-    last_value,
+    last_values,
     read,
     run_claim,
     summary,
@@ -99,6 +99,9 @@ def test_interval_against_a_printed_table() -> None:
         (0.01, 0.2, 0.05, "inconclusive"),
         (0.01, 0.04, 0.05, "not supported"),
         (0.0, 0.2, 0.0, "inconclusive"),
+        (-0.02, 0.01, -0.03, "supported"),
+        (-0.04, 0.01, -0.03, "inconclusive"),
+        (-0.09, -0.04, -0.03, "not supported"),
     ],
 )
 def test_verdict(low: float, high: float, margin: float, wanted: str) -> None:
@@ -137,6 +140,41 @@ def test_a_claim_is_run_recorded_and_not_run_again(fake: Path) -> None:
     row = summary([{**result, "minutes": 12.4}]).splitlines()
     assert row[2].startswith("| fake | ours is better |") and row[2].endswith("| 5 | **supported** | 12 |")
     assert row[0].count("|") == row[1].count("|") == row[2].count("|")
+
+
+def test_claims_of_a_recipe_share_the_arms_that_they_have_in_common(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {name: {"recipe": "classifier", "args": list(arm.args)} for name, arm in claim().arms.items()}
+    common = {"metric": "test/acc", "baseline": "plain", "technique": "ours", "seeds": [1, 2, 3, 4, 5]}
+    folder = fake / "configs" / "fake"
+    folder.mkdir(parents=True)
+    more = {**arms, "best": {"recipe": "classifier", "args": ["--gain", "0.2"]}}
+    whole = {"claim": "one", "arms": arms, **common}
+    part = {"claim": "two", "arms": more, **common, "margin": -0.03, "also": ["val/acc", "seconds"]}
+    (folder / "claim.yaml").write_text(yaml.safe_dump(whole))
+    (folder / "claim_part.yaml").write_text(yaml.safe_dump(part))
+    original, listed = _claim.read, _claim.claimed
+    monkeypatch.setattr(_claim, "read", lambda name: original(name, fake / "configs"))
+    monkeypatch.setattr(_claim, "claimed", lambda folder=None: listed(fake / "configs"))
+    assert _claim.claimed() == ["fake", "fake/part"]
+    assert _claim.main(["fake", "--out", str(fake / "out")]) == 0
+    said = capsys.readouterr().out
+    assert [f.read_text() for f in (fake / "out").rglob("count")] == ["x"] * 20, "15, and 5 of the arm that is new"
+    assert "| fake | one |" in said and "| fake/part | two |" in said
+    text = (fake / "out" / "fake" / "part" / "table.md").read_text()
+    assert "Over plain a gain counts from -0.03 on." in text and "| arm | `val/acc` | `seconds` |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| best | 0.4"))
+    assert row.startswith("| best | 0.400 ± 0.000 | ")
+    assert (fake / "out" / "fake" / "part" / "plot.png").stat().st_size > 5000
+    assert _claim.main(["fake/part", "--out", str(fake / "out")]) == 0
+    assert "| fake | one |" not in capsys.readouterr().out
+    assert {f.read_text() for f in (fake / "out").rglob("count")} == {"x"}
+    (folder / "claim_part.yaml").write_text(yaml.safe_dump({**part, "also": ["val/loss"]}))
+    assert _claim.main(["fake/part", "--out", str(fake / "out")]) == 2
+    assert "no 'val/loss' in" in capsys.readouterr().err
+    assert _claim.main(["fake/prt", "--out", str(fake / "out")]) == 2
+    assert "did you mean 'fake/part'?" in capsys.readouterr().err
 
 
 def test_a_report_trains_nothing_and_says_what_is_missing(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +216,7 @@ def test_a_training_that_fails_ends_with_1(
 
 def test_seeds_are_given_by_commas_or_words(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_claim, "read", lambda name: claim())
+    monkeypatch.setattr(_claim, "claimed", lambda: ["fake"])
     for words in (["7,8"], ["7", "8"], ["7,8", "8"]):
         assert _claim.main(["fake", "--out", str(fake / "out"), "--seeds", *words]) == 0
         found = json.loads((fake / "out" / "fake" / "result.json").read_text())
@@ -223,7 +262,7 @@ def test_a_cell_that_fails_says_what_it_said(fake: Path) -> None:
 
 def test_a_metric_that_is_not_logged_is_named(tmp_path: Path) -> None:
     with pytest.raises(ClaimError, match="no 'test/acc'"):
-        last_value(tmp_path, "test/acc")
+        last_values(tmp_path, ["test/acc"])
 
 
 def test_claims_that_cannot_be_decided_are_refused(tmp_path: Path) -> None:
