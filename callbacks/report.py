@@ -23,7 +23,8 @@ LETTERS = 16
 class Report(Callback):
     """Draws into ``<run folder>/plots/`` on the first rank, nothing in a dry run. Stands before the techniques.
 
-    * ``inputs.png``: images of the first training batch and, where a technique changed them, what the step saw.
+    * ``inputs.png``: images of the first training batch and, where a technique changed them or put others beside them
+      (``adversarial``), what the step saw.
     * ``curves.png``: losses and metrics as last logged in each epoch (a loss logged at each step: its last batch's).
     * ``test.png``: accuracy of each domain and the confusion matrix, of a module that after testing has ``confusion``:
       counts (domains, classes, classes) with true classes in rows.
@@ -61,7 +62,9 @@ class Report(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._batch is not None:  # the first step: the techniques have put into the batch what the step saw
-            self._seen, self._batch = _shown(self._batch["image"][: self.images]), None
+            seen, other = self._batch["image"], self._batch.get("adversarial")  # of recipes that train on both
+            seen = other if isinstance(other, Tensor) and other.shape == seen.shape else seen
+            self._seen, self._batch = _shown(seen[: self.images]), None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Read on all ranks: reading reduces metrics that are synced, and a rank that stays away hangs the others.

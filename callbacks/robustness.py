@@ -75,7 +75,7 @@ class RobustAccuracy(Callback):
     Logged, of the same examples: ``clean_acc``, ``fgsm_acc``, ``pgd_acc``, ``robust_acc`` (right under every attack, so
     never above any of them), and in test also ``noise_acc`` (the control), ``autoattack_acc`` if asked for,
     ``robust_acc_low`` and ``robust_acc_high`` (95 %), the curve over radii, and which sanity rules are broken.
-    In validation also ``train_gap``: robust accuracy on the epoch's last training batch less that of validation, whose
+    In validation also ``robust_gap``: robust accuracy on the epoch's last training batch less that of validation, whose
     growth is robust overfitting.
 
     Which examples are taken depends on the run's seed and not on the number of ranks; each rank attacks its share and

@@ -22,6 +22,7 @@ from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from datamodules.sampling import Draw, EvalBatches, TrainBatches
 
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 _DRAWS = 5
 #: Files whose reading takes so long that it is shown.
 MANY = 2000
+#: What counts as an image in a folder of the user's.
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 OnCorrupt = Literal["error", "skip"]
 
 
@@ -105,6 +108,22 @@ class Rows(Protocol):
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """uint8 (B, C, H, W) of positions (B,)."""
+
+
+class Files:
+    """Images decoded when they are asked for, grey (by their luminance) where ``channels`` is 1."""
+
+    def __init__(self, files: Sequence[Path], channels: int, size: tuple[int, int], crop: bool = False) -> None:
+        self.files, self.size, self.crop = list(files), size, crop
+        self.shape = torch.Size((len(self.files), channels, *size))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) of positions (B,)."""
+        images = torch.stack([decode(self.files[i], self.size, self.crop) for i in index.tolist()])
+        return rgb_to_grayscale(images) if self.shape[1] == 1 else images
 
 
 class ImageSet(Dataset[dict[str, Tensor]]):
@@ -315,6 +334,8 @@ class ImageDataModule(LightningDataModule):
         self._sets: dict[str, ImageSet] = {}
         self._resumed: dict[str, int] | None = None
         self._order: TrainBatches | None = None
+        #: A folder whose images are predicted in place of the test data's.
+        self.predict_folder: Path | None = None
         #: How often each training batch comes in a row; set by techniques that replay batches, before the loaders are.
         self.replays = 1
 
@@ -332,19 +353,21 @@ class ImageDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}[stage]
+        if stage == "predict" and self.predict_folder is not None:
+            needed = ()
         for part in needed:
             if part not in self._sets:
                 self._sets[part] = self.load(part)  # type: ignore[arg-type]
                 if len(self._sets[part]) == 0:
                     raise ValueError(f"{type(self).__name__} has no images for '{part}'")
 
-    def part(self, part: Literal["train", "val", "test"]) -> ImageSet:
+    def part(self, part: Literal["train", "val", "test", "predict"]) -> ImageSet:
         """One part, read if need be; for notebooks and tests."""
-        if part not in self._sets:
+        if part not in self._sets and part != "predict":
             self._sets[part] = self.load(part)
         return self._sets[part]
 
-    def _loader(self, part: Literal["train", "val", "test"], batches: Any) -> DataLoader[Any]:
+    def _loader(self, part: Literal["train", "val", "test", "predict"], batches: Any) -> DataLoader[Any]:
         return DataLoader(
             self.part(part),
             batch_sampler=batches,
@@ -373,7 +396,29 @@ class ImageDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         return self._loader("test", EvalBatches(len(self.part("test")), self.eval_batch_size))
 
-    predict_dataloader = test_dataloader
+    def predict_dataloader(self) -> DataLoader[Any]:
+        if self.predict_folder is None:
+            return self.test_dataloader()
+        files = self.files_to_predict()
+        size = (self.image_size, self.image_size)
+        unknown = torch.full((len(files),), -1)
+        images = Files(files, self.in_chans, size, getattr(self, "crop", False))
+        self._sets["predict"] = ImageSet(images, {"label": unknown, "domain": torch.zeros_like(unknown)})
+        return self._loader("predict", EvalBatches(len(files), self.eval_batch_size))
+
+    def files_to_predict(self) -> list[Path]:
+        """The images in ``predict_folder`` and its subfolders, sorted.
+
+        Raises:
+            FileNotFoundError: if there is no such folder, or no image in it.
+        """
+        folder = self.predict_folder
+        if folder is None or not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")
+        found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGES and f.is_file())
+        if not found:
+            raise FileNotFoundError(f"there is no image in {folder} (looked for {', '.join(IMAGES)})")
+        return found
 
     # ------------------------------------------------------------------ exact resume
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
 import importlib
 import logging
@@ -42,7 +43,7 @@ TRAINER = {
     "use_distributed_sampler": False,  # the samplers are ours, cut by rank
 }
 #: Keys of a run's settings that belong to that one call and not to its checkpoint.
-_OF_THE_CALL = ("config", "ckpt_path", "return_predictions", "verbose", "weights_only")
+_OF_THE_CALL = ("config", "ckpt_path", "images", "return_predictions", "verbose", "weights_only")
 
 
 def import_plugs() -> None:
@@ -200,6 +201,13 @@ class RecipeCLI(LightningCLI):
             default="auto",
             help="W&B: auto is online with WANDB_MODE=online or a WANDB_API_KEY, else offline",
         )
+        if self._verb == "predict":
+            parser.add_argument(
+                "--images",
+                type=str | None,
+                default=None,
+                help="a folder of images and its subfolders, in place of the test data; writes predictions.csv",
+            )
         if self._verb != "fit":
             return
         parser.add_argument("--test_after_fit", type=bool, default=True, help="test with the last weights")
@@ -320,13 +328,22 @@ class RecipeCLI(LightningCLI):
     def predict(self, **arguments: Any) -> None:
         run = self.run_folder
         assert run is not None
+        folder = self.config_init[self._verb]["images"]
+        if folder is not None:
+            if not hasattr(self.datamodule, "predict_folder"):
+                raise ValueError(f"{type(self.datamodule).__name__} can't read a folder of images: leave --images out")
+            self.datamodule.predict_folder = Path(folder).expanduser()
         arguments["return_predictions"] = True
         found = self.trainer.predict(**self._evaluated(arguments))
         if found and not run.temporary:
-            ranks = self.trainer.world_size
-            file = run.folder / (f"predictions-{self.trainer.global_rank}.pt" if ranks > 1 else "predictions.pt")
-            torch.save(_join(found), file)
-            log.info(f"predictions: {run.folder / 'predictions-*.pt' if ranks > 1 else file}")
+            part = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+            kind = "pt" if folder is None else "csv"
+            file = run.folder / f"predictions{part}.{kind}"
+            if folder is None:
+                torch.save(_join(found), file)
+            else:
+                write_predictions(file, self.datamodule.files_to_predict(), _join(found), self.model)
+            log.info(f"predictions: {run.folder / f'predictions-*.{kind}' if part else file}")
 
     def _headline(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
@@ -356,6 +373,24 @@ def _join(batches: list[Any]) -> Any:
     if all(isinstance(b, torch.Tensor) for b in batches):
         return torch.cat([b.cpu() for b in batches])
     return batches
+
+
+def write_predictions(file: Path, images: list[Path], found: Any, model: Any) -> None:
+    """A table: file, class, confidence and, where the recipe tried an attack, whether the answer holds.
+
+    Raises:
+        ValueError: if the recipe doesn't predict classes.
+    """
+    if not isinstance(found, dict) or not {"index", "probability", "prediction"} <= found.keys():
+        raise ValueError(f"{type(model).__name__} predicts no classes of images: leave --images out")
+    names = list(getattr(model, "class_names", []))
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        rows = csv.writer(opened)
+        rows.writerow(["file", "class", "confidence", *(["holds"] if "holds" in found else [])])
+        for i, (index, answer) in enumerate(zip(found["index"].tolist(), found["prediction"].tolist(), strict=True)):
+            name = names[answer] if answer < len(names) else str(answer)
+            row = [str(images[index]), name, f"{float(found['probability'][i, answer]):.4f}"]
+            rows.writerow([*row, *(["yes" if found["holds"][i] else "no"] if "holds" in found else [])])
 
 
 def execute(model: str, name: str, verb: str, argv: list[str], *, debug: bool = False) -> int:

@@ -36,6 +36,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from callbacks.adversary import Norm, classification, pgd
@@ -45,6 +46,7 @@ from callbacks.free import FreeAdversary
 from callbacks.layers import Added, Behind, find_layers
 from callbacks.overfitting import CatastrophicOverfitting
 from callbacks.perturbation import Batch, Mode, Perturbation, crafting
+from callbacks.robustness import RobustAccuracy
 from recipes.adversarial_training.objectives import alp_loss, kl_divergence, mart_loss, trades_loss, vat_loss
 from recipes.classifier import Classifier
 
@@ -170,6 +172,16 @@ class AdversarialTrainer(Classifier):
         watched = any(isinstance(c, CatastrophicOverfitting) for c in there)
         own = [c for c in self._plugs if not (watched and isinstance(c, CatastrophicOverfitting))]
         return [] if own[0] in there else own
+
+    def setup(self, stage: str) -> None:
+        there: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # as above
+        watched = [c.monitor for c in there if isinstance(c, ModelCheckpoint)]
+        if stage == "fit" and self.monitor[0] in watched and not any(isinstance(c, RobustAccuracy) for c in there):
+            raise ValueError(
+                f"the best checkpoint is chosen by {self.monitor[0]}, which RobustAccuracy logs: add "
+                "--trainer.callbacks+=RobustAccuracy, or choose by --checkpoint.monitor val/acc"
+            )
+        super().setup(stage)
 
     # ------------------------------------------------------------------ crafting
 
