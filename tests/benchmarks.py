@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -31,10 +32,12 @@ from callbacks.perturbation import Perturbation
 from callbacks.report import Report
 from callbacks.statistics import gradient_reversal
 from callbacks.style import DSU, AdvStyle, EFDMix, MixStyle
+from callbacks.weights import SAM
 from datamodules.images import ImageDataModule, ImageSet
 from recipes._loggers import MetricsCSV
 from recipes._progress import Progress
 from recipes._run import quiet
+from recipes.adversarial_training import AdversarialTrainer
 from recipes.classifier import Classifier
 
 # ---------------------------------------------------------------------- what is measured on
@@ -267,12 +270,186 @@ def technique_ratios(
     return Ratios(own, other, memory["ours"] / memory["plain"], memory["theirs"] / memory["plain"])
 
 
+# ---------------------------------------------------------------------- adversarial training
+
+EPS, ALPHA, TAKEN = 8 / 255, 2 / 255, 10
+#: TRADES' own radius, step and deviation of the start.
+RADIUS, SIZE, NOISE = 0.031, 0.007, 0.001
+
+
+def published_pgd(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+    """PGD training as most codes have it: crafting by ``backward()``, which computes the weights' gradients, too."""
+    x, y = batch["image"], batch["label"]
+    net.eval()
+    moved = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+    for _ in range(TAKEN):
+        moved.requires_grad_()
+        F.cross_entropy(net(moved), y).backward()
+        assert moved.grad is not None
+        moved = (moved + ALPHA * moved.grad.sign()).detach()
+        moved = torch.min(torch.max(moved, x - EPS), x + EPS).clamp(0, 1)
+    net.train()
+    _update(F.cross_entropy(net(moved), y), optimizer)
+
+
+def published_trades(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+    """TRADES as released: the clean images go through the network in each step, and three times in training mode."""
+    x, y = batch["image"], batch["label"]
+    divergence = nn.KLDivLoss(reduction="sum")
+    net.eval()
+    moved = x.detach() + NOISE * torch.randn_like(x)
+    for _ in range(TAKEN):
+        moved.requires_grad_()
+        loss = divergence(F.log_softmax(net(moved), 1), F.softmax(net(x), 1))
+        moved = moved.detach() + SIZE * torch.autograd.grad(loss, [moved])[0].sign()
+        moved = torch.min(torch.max(moved, x - RADIUS), x + RADIUS).clamp(0, 1)
+    net.train()
+    optimizer.zero_grad()
+    natural = F.cross_entropy(net(x), y)
+    robust = divergence(F.log_softmax(net(moved), 1), F.softmax(net(x), 1)) / len(x)
+    _update(natural + 6.0 * robust, optimizer)
+
+
+def published_fast(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+    """FGSM-RS as released: crafted in training mode by ``backward()``."""
+    x, y = batch["image"], batch["label"]
+    delta = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1) - x
+    delta.requires_grad_()
+    F.cross_entropy(net(x + delta), y).backward()
+    assert delta.grad is not None
+    delta = (delta + 1.25 * EPS * delta.grad.sign()).clamp(-EPS, EPS).detach()
+    _update(F.cross_entropy(net((x + delta).clamp(0, 1)), y), optimizer)
+
+
+def published_sam(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+    """SAM as davda54 has it: two full passes."""
+    optimizer.zero_grad()
+    F.cross_entropy(net(batch["image"]), batch["label"]).backward()
+    weights = [p for p in net.parameters() if p.grad is not None]
+    with torch.no_grad():
+        length = torch.stack([p.grad.norm() for p in weights]).norm()  # type: ignore[union-attr]  # chosen above
+        moves = [p.grad * (0.05 / (length + 1e-12)) for p in weights]  # type: ignore[operator]  # likewise
+        for p, e in zip(weights, moves, strict=True):
+            p.add_(e)
+    optimizer.zero_grad()
+    F.cross_entropy(net(batch["image"]), batch["label"]).backward()
+    with torch.no_grad():
+        for p, e in zip(weights, moves, strict=True):
+            p.sub_(e)
+    optimizer.step()
+
+
+def _update(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+Step = Callable[[nn.Module, torch.optim.Optimizer, Any], None]
+
+
+class Case(NamedTuple):
+    """A row: the recipe's objective (none: the technique on plain training) and the published step."""
+
+    name: str
+    objective: str | None
+    make: Callable[[Any], Perturbation]
+    published: Step
+    channels_last: bool = False
+    bf16: bool = False
+
+
+def _own(module: Any) -> Perturbation:
+    return module._craft
+
+
+ADVERSARIAL = [
+    Case("FGSM-RS", "fast", _own, published_fast),
+    Case("PGD-10", "standard", _own, published_pgd),
+    Case("PGD-10, channels_last", "standard", _own, published_pgd, True),
+    Case("PGD-10, channels_last, bf16-mixed", "standard", _own, published_pgd, True, True),
+    Case("TRADES-10", "trades", _own, published_trades),
+    Case("TRADES-10, channels_last", "trades", _own, published_trades, True),
+    Case("SAM", None, lambda module: SAM(), published_sam),
+]
+
+
+def adversarial_ratios(case: Case, net: str, batch: int, steps: int) -> tuple[list[float], list[float], float, float]:
+    """Steps of ours and of the published arithmetic over plain ones: times and peak memory.
+
+    Layout and precision are of ours alone: the released codes have neither.
+    """
+    objective, published = case.objective, case.published
+
+    def fresh(objective: str | None) -> Any:
+        torch.manual_seed(0)
+        if objective is None:
+            return Classifier(net, num_classes=10, image_size=32)
+        return AdversarialTrainer(net, num_classes=10, image_size=32, objective=objective, eps=EPS)  # type: ignore[arg-type]
+
+    plain, ours, theirs = fresh(None), fresh(objective), fresh(None)
+    technique = case.make(ours)
+    if case.channels_last:
+        ours.backbone.to(memory_format=torch.channels_last)
+    data = {"image": torch.rand(batch, 3, 32, 32), "label": torch.arange(batch) % 10}
+    networks = {"plain": plain, "ours": ours, "theirs": theirs}
+    optimizers = {name: plain_optimizer(network) for name, network in networks.items()}
+
+    def one(name: str) -> None:
+        if name == "theirs":
+            published(theirs, optimizers[name], data)
+        else:
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.bf16 and name == "ours"):
+                step(networks[name], optimizers[name], dict(data), technique if name == "ours" else None)
+
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    for i in range(steps + 1):
+        technique._step = (0, i)
+        for name in networks:
+            begun = time.perf_counter()
+            one(name)
+            times[name].append(time.perf_counter() - begun)
+    memory = {}
+    for name in networks:
+        peak = Peak()
+        peak.start()
+        one(name)
+        memory[name] = peak.stop()
+    own, other = ([a / b for a, b in zip(times[k][1:], times["plain"][1:], strict=True)] for k in ("ours", "theirs"))
+    return own, other, memory["ours"] / memory["plain"], memory["theirs"] / memory["plain"]
+
+
+def adversarial_table(batch: int, steps: int, nets: Sequence[str]) -> None:
+    print("\n| step over the plain step | time, ours | time, published | ours / published | memory, ours | published |")
+    print("| -- | -- | -- | -- | -- | -- |")
+    for net in nets:
+        for case in ADVERSARIAL:
+            own, other, memory, theirs = adversarial_ratios(case, net, batch, steps)
+            share = quartiles([a / b for a, b in zip(own, other, strict=True)])[0]
+            cells = f"{shown(own)} | {shown(other)} | {share:.2f} | {memory:.2f} | {theirs:.2f}"
+            print(f"| {case.name}, {net} | {cells} |", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small network and few steps, to see that it works")
     parser.add_argument("--steps", type=int, default=30, help="pairs of steps for each row")
+    parser.add_argument("--part", choices=("all", "loop", "adversarial"), default="all", help="which of the tables")
     args = parser.parse_args(argv)
     net, batch, size, n = ("resnet10t", 8, 32, 3) if args.quick else ("resnet18", 64, 64, args.steps)
+    where = f"{net}, batch {batch}, {size}x{size}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    if args.part != "adversarial":
+        style_table(where, net, batch, size, n)
+    if args.part != "loop":
+        nets, batch, n = (("cnn4",), 8, 2) if args.quick else (("cnn4", "resnet18"), 64, max(n // 2, 3))
+        where = f"batch {batch}, 32x32, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+        print(f"\n{where}; median (quartiles) of {n} pairs")
+        with quiet():
+            adversarial_table(batch, n, nets)
+    return 0
+
+
+def style_table(where: str, net: str, batch: int, size: int, n: int) -> None:
     rows: list[tuple[str, Callable[[], Perturbation], Callable[..., Tensor]]] = [
         ("MixStyle, mixing", lambda: MixStyle(p=1.0), published_mixstyle),
         ("EFDMix, mixing", lambda: EFDMix(p=1.0), published_efdmix),
@@ -281,7 +458,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("AdvStyle, DSU", lambda: AdvStyle(p_identity=0.0, p_dsu=1.0), lambda x, theta: published_shift(x, None)),
         ("AdvStyle, adversarial", lambda: AdvStyle(p_identity=0.0, p_dsu=0.0), published_shift),
     ]
-    where = f"{net}, batch {batch}, {size}x{size}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     with quiet():
         own, memory = loop_ratios(net, batch, size, n + 2)
         print(f"{where}; median (quartiles) of {n} pairs\n")
@@ -298,7 +474,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 averaged.append([*medians, found.memory, found.published_memory])
     mean = [sum(column) / len(column) for column in zip(*averaged, strict=True)]
     print(f"| AdvStyle, averaged over its branches | {' | '.join(f'{value:.3f}' for value in mean)} |")
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from tests import benchmarks
 
 def test_the_quick_benchmark_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmarks.main(["--quick"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert len(rows) == 8
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = [line for line in lines if not line.startswith(("| step", "| --"))]
+    assert len(rows) == 8 + len(benchmarks.ADVERSARIAL)
     for row in rows:
         assert all(0.1 < float(value) < 20 for value in re.findall(r"\d+\.\d+", row)), row
 
@@ -60,3 +63,27 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
         del third, fourth
         stood.append(torch.ones(10_000))
     assert peaks == [4 * 3500] * 3
+
+
+@pytest.mark.parametrize("case", [c for c in benchmarks.ADVERSARIAL if not c.bf16], ids=lambda c: c.name)
+def test_the_published_steps_train_as_ours_do(case: benchmarks.Case) -> None:
+    """From one start, with crafting that can't differ (radius 0), ours and the published step give the same update."""
+    torch.manual_seed(0)
+    if case.objective is None:
+        ours: Any = benchmarks.Classifier("cnn4", num_classes=10, image_size=32)
+    else:
+        ours = benchmarks.AdversarialTrainer("cnn4", num_classes=10, image_size=32, objective=case.objective, eps=0.0)
+    theirs = copy.deepcopy(ours)
+    for module in (ours, theirs):
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.momentum = 0.0  # the published codes move them while they craft
+    batch = {"image": torch.rand(6, 3, 32, 32), "label": torch.arange(6)}
+    optimizers = [benchmarks.plain_optimizer(module) for module in (ours, theirs)]
+    benchmarks.step(ours, optimizers[0], dict(batch), case.make(ours))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("EPS", "ALPHA", "RADIUS", "SIZE", "NOISE"):
+            patch.setattr(benchmarks, name, 0.0)
+        case.published(theirs, optimizers[1], batch)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
