@@ -90,7 +90,7 @@ class RobustAccuracy(Callback):
         budget: examples attacked in test.
         val_budget: examples attacked in validation.
         autoattack: in test, also AutoAttack (standard), the worst of four attacks; needs ``pip install pyautoattack``.
-        every_n_epochs: of validation.
+        every_n_epochs: of validation: in the first epoch, every so many after it, and in the last.
 
     Raises:
         ValueError: for a setting out of range, or a module that gives no logits of images.
@@ -156,7 +156,10 @@ class RobustAccuracy(Callback):
             self._kept.append((image[wanted].clone(), label[wanted].clone(), keys.clone()))
 
     def _due(self, trainer: Trainer) -> bool:
-        return not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if trainer.sanity_checking:
+            return False
+        # in the first epoch, too: a checkpoint callback wants the metric from the first one on, and keeps the last value
+        return trainer.current_epoch % self.every_n_epochs == 0 or trainer.current_epoch + 1 == trainer.max_epochs
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

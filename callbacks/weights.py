@@ -116,6 +116,7 @@ class _Ascent(_Weights):
             gradients = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
         with torch.no_grad():
             by = self.direction([n for n, _ in named], [p.detach() for _, p in named], gradients)
+        del found, gradients  # of the weights' size, as are the copies that are kept now
         self.move(named, by)
 
 

@@ -1,8 +1,8 @@
 """Adversarial training: on inputs that an attack has moved.
 
-Paper: Towards Deep Learning Models Resistant to Adversarial Attacks (arXiv 1706.06083), and TRADES, MART, ALP, VAT
-Perturbs: the input, within a ball
-Plugs in: AdversarialInput, with the objective of each paper
+Paper: Towards Deep Learning Models Resistant to Adversarial Attacks (arXiv 1706.06083), and eight more
+Perturbs: the input, or token embeddings, within a ball
+Plugs in: the objectives standard, trades, mart, alp, vat, fast, free, freelb, smart
 Claim: trained on PGD's inputs, it classifies attacked images better than plain training does
 Data: handwritten digits
 Run time: about a minute on two cores

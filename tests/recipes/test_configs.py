@@ -12,7 +12,7 @@ import yaml
 from recipes.__main__ import FIELDS, read_cards
 from recipes._cli import CONFIGS, run
 
-RUNS = sorted(f for f in CONFIGS.glob("*/*.yaml") if f.stem not in ("claim", "sweep"))
+RUNS = sorted(f for f in CONFIGS.glob("*/*.yaml") if f.stem != "sweep" and not f.stem.startswith("claim"))
 
 
 def model_of(recipe: str) -> str:
