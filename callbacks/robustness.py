@@ -158,7 +158,7 @@ class RobustAccuracy(Callback):
     def _due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking:
             return False
-        # in the first epoch, too: a checkpoint callback wants the metric from the first one on, and keeps the last value
+        # in the first epoch, too: a checkpoint callback wants the metric from then on (Lightning keeps its last value)
         return trainer.current_epoch % self.every_n_epochs == 0 or trainer.current_epoch + 1 == trainer.max_epochs
 
     def on_train_batch_end(
