@@ -134,7 +134,7 @@ def _over(statistic: Tensor, x: Tensor) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of ``x * y`` over positions, (B, C), without the product in memory."""
+    """Sum of ``x * y`` over positions, (B, C); on GPUs without the product in memory."""
     if x.dim() == 4:
         return torch.linalg.vecdot(x.flatten(2), y.flatten(2))
     return torch.linalg.vecdot(x, y, dim=1)

@@ -150,7 +150,7 @@ class AdversarialTrainer(Classifier):
         #: Radius and norm as evaluators take them; None where the radius isn't one of pixels.
         self.eps: float | None = None if objective in EMBEDDED else eps
         self.norm: Norm = "l2" if objective == "vat" else norm
-        self.replays, self.layer = replays, layer
+        self.replays, self.layer, self.unlabelled = replays, layer, objective == "vat"
         self.alpha = share * eps if alpha is None else alpha
         self.steps = published_steps if steps is None else steps
         self.beta = weight if beta is None else beta

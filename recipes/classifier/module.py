@@ -74,6 +74,8 @@ class Classifier(LightningModule):
     """
 
     monitor = ("val/acc", "max")
+    #: Whether the loss takes examples without a label (-1).
+    unlabelled = False
     backbone: Any
     mean: Tensor
     std: Tensor
@@ -127,6 +129,12 @@ class Classifier(LightningModule):
         self.test_confusion = DomainConfusion(len(self.domain_names), num_classes)
 
     def setup(self, stage: str) -> None:
+        labelled = getattr(getattr(self.trainer, "datamodule", None), "labelled", None)
+        if stage == "fit" and labelled is not None and not self.unlabelled:
+            raise ValueError(
+                f"this objective needs a label for each image, but only {labelled} have one: leave --data.labelled "
+                "out, or train with recipes.adversarial_training and --model.objective vat"
+            )
         if self.hparams["channels_last"]:
             self.backbone.to(memory_format=torch.channels_last)  # the first convolution lays the images out likewise
         if self.hparams[

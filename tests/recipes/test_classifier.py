@@ -11,8 +11,11 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from callbacks.style import AdvStyle
+from datamodules import FashionMNIST
+from recipes.adversarial_training import AdversarialTrainer
 from recipes.classifier import Classifier
 from recipes.classifier.module import DomainConfusion
+from tests.laws import cells
 
 SMALL = {"backbone": "resnet10t", "backbone_args": {"channels": (8, 8, 16, 16), "stem_width": 8}, "image_size": 32}
 
@@ -144,3 +147,17 @@ def test_checkpoints_open_with_weights_only(tmp_path) -> None:  # type: ignore[n
     assert not [name for name in again.state_dict() if name.startswith("perturbations")]
     for name, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("objective", ["standard", "vat"])
+def test_images_without_labels_need_an_objective_that_takes_them(objective: Any) -> None:
+    settings: dict[str, Any] = {"num_classes": 10, "in_chans": 1, "image_size": 28}
+    data = FashionMNIST(train_size=100, val_size=20, labelled=20, batch_size=50)
+    module = AdversarialTrainer("cnn4", objective=objective, eps=0.5, steps=1, **settings)
+    options = {"limit_val_batches": 0}
+    if objective == "vat":
+        cells.trainer(**options).fit(module, datamodule=data)
+        assert all(p.isfinite().all() for p in module.parameters())
+        module = Classifier("cnn4", **settings)
+    with pytest.raises(ValueError, match="only 20 have one: leave --data.labelled out"):
+        cells.trainer(**options).fit(module, datamodule=data)
