@@ -70,7 +70,7 @@ class CatastrophicOverfitting(Callback):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
         accuracy = float(counts[0]) / max(int(counts[1]), 1)
-        pl_module.log("train/pgd_acc", accuracy, sync_dist=False)
+        pl_module.log("train/pgd_acc", accuracy, on_step=False, on_epoch=True, sync_dist=False)
         if self.before is not None and self.before - accuracy > self.drop:
             log.warning(
                 "catastrophic overfitting suspected: accuracy under PGD-%d on a training batch fell from %.2f to %.2f "

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import Logger
 
 from callbacks.overfitting import CatastrophicOverfitting
 from tests.callbacks.small import trainer
@@ -68,6 +69,28 @@ def test_a_fall_is_said_once_and_may_end_the_run(stop: bool, caplog: pytest.LogC
     assert len(said) == 1 and "PGD-5 on a training batch fell from 1.00 to 0.00 in epoch 2" in said[0]
     assert fitted.current_epoch == (3 if stop else 5)
     assert values == [1.0, 1.0, 0.0, 0.0, 0.0][: len(values)] and len(values) == fitted.current_epoch
+
+
+class Kept(Logger):
+    """What a logger is given."""
+
+    name, version = "kept", "0"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics.append(metrics)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Not kept."""
+
+
+def test_each_epochs_number_is_logged_wherever_steps_are() -> None:
+    kept = Kept()
+    trainer(CatastrophicOverfitting(), max_epochs=3, logger=kept, log_every_n_steps=50).fit(Brittle(2), Loader())
+    assert [m["train/pgd_acc"] for m in kept.metrics if "train/pgd_acc" in m] == [1.0, 1.0, 0.0]
 
 
 def test_a_robust_run_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
