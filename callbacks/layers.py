@@ -17,10 +17,9 @@ from callbacks.perturbation import crafting
 def backbone_of(module: nn.Module) -> nn.Module:
     """The network whose layers techniques name: ``module.backbone``, else the first child that timm made, else all."""
     own = getattr(module, "backbone", None)
-    for child in module.children():
-        if child is own or (own is None and hasattr(child, "feature_info")):
-            return getattr(child, "_orig_mod", child)  # below torch.compile's wrapper
-    return module
+    if not isinstance(own, nn.Module):
+        own = next((child for child in module.children() if hasattr(child, "feature_info")), module)
+    return getattr(own, "_orig_mod", own)  # below torch.compile's wrapper
 
 
 def stages(backbone: nn.Module) -> list[str]:

@@ -1,5 +1,6 @@
 """One LightningDataModule per benchmark family; the embedded data beside them."""
 
+from datamodules.captions import EmojiCaptions
 from datamodules.cifar import CIFAR10, CIFAR100, SVHN
 from datamodules.corruptions import CIFAR10C, CIFAR100C, ImageNetC
 from datamodules.digits import Digits
@@ -21,6 +22,7 @@ __all__ = [
     "Digits",
     "DigitsDG",
     "DomainNet",
+    "EmojiCaptions",
     "EmojiDomains",
     "EmojiRetrieval",
     "FashionMNIST",

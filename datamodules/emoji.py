@@ -21,12 +21,39 @@ CLASSES = tuple(
 )
 
 
-def _images(style: str) -> Tensor:
-    file = FOLDER / f"{style}.npz"
+def _arrays(name: str, style: str) -> dict[str, np.ndarray]:
+    file = FOLDER / f"{name}.npz"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there: install the project again, or leave the style '{style}' out")
     with np.load(file) as arrays:
-        return torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).contiguous()
+        return dict(arrays)
+
+
+def _images(style: str) -> Tensor:
+    return torch.from_numpy(_arrays(style, style)["images"]).permute(0, 3, 1, 2).contiguous()
+
+
+def _scaled(images: Tensor, size: int) -> Tensor:
+    """Images uint8 (N, 3, H, W) in another size."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def drawings(style: str, concept: np.ndarray, size: int) -> tuple[Tensor, np.ndarray]:
+    """All emoji of ``captions.npz`` in one style: uint8 (N, 3, size, size), and whether the style has them: bool (N,).
+
+    Args:
+        concept: (N,) position among the concepts of :class:`EmojiDomains`, -1 for the other emoji, in their order.
+    """
+    more = _arrays(f"{style}_more", style)
+    images = torch.empty(len(concept), 3, 32, 32, dtype=torch.uint8)
+    present = np.ones(len(concept), dtype=bool)
+    ours = concept >= 0
+    images[torch.from_numpy(ours)] = _images(style)[torch.from_numpy(concept[ours])]
+    images[torch.from_numpy(~ours)] = torch.from_numpy(more["images"]).permute(0, 3, 1, 2)
+    present[~ours] = more["present"]
+    return _scaled(images, size), present
 
 
 class EmojiDomains(ImageDataModule):
@@ -98,10 +125,7 @@ class EmojiDomains(ImageDataModule):
 
     def _drawn(self, style: int, chosen: Tensor) -> Tensor:
         """These concepts in one style, in the size that is wanted."""
-        drawn = _images(STYLES[style])[chosen]
-        if drawn.shape[-1] != self.image_size:
-            drawn = F.interpolate(drawn, (self.image_size, self.image_size), mode="bilinear", antialias=True)
-        return drawn
+        return _scaled(_images(STYLES[style])[chosen], self.image_size)
 
 
 class EmojiRetrieval(EmojiDomains):

@@ -32,7 +32,18 @@ from recipes._stop import Interrupted, LastCheckpoint, Signals, SignalsInForce
 
 log = logging.getLogger(__name__)
 #: Settings that a model takes from the data, where its constructor has them.
-LINKED = ("num_classes", "in_chans", "image_size", "class_names", "domain_names")
+LINKED = (
+    "num_classes",
+    "in_chans",
+    "image_size",
+    "class_names",
+    "domain_names",
+    "domain_classes",
+    "class_texts",
+    "class_sentences",
+    "template",
+    "vocabulary",
+)
 #: "omegaconf" resolves each file alone; "omegaconf+" resolves after all files and flags are merged.
 MODE = "omegaconf+"
 #: Where our defaults differ from the Trainer's.

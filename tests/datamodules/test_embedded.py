@@ -17,7 +17,8 @@ from datamodules.emoji import CLASSES, FOLDER, STYLES
 
 def test_files_have_their_checksums_and_each_style_its_licence() -> None:
     lines = (FOLDER / "SHA256SUMS").read_text().splitlines()
-    assert {line.split()[1] for line in lines} == {f"{s}.npz" for s in STYLES} | {"concepts.npz"}
+    drawings = {f"{s}{more}.npz" for s in STYLES for more in ("", "_more")}
+    assert {line.split()[1] for line in lines} == drawings | {"concepts.npz", "captions.npz"}
     for line in lines:
         wanted, name = line.split()
         assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == wanted, name
@@ -26,6 +27,7 @@ def test_files_have_their_checksums_and_each_style_its_licence() -> None:
         "twemoji": "Attribution 4.0",
         "openmoji": "ShareAlike 4.0",
         "fluent": "MIT License",
+        "captions": "MIT License",
     }
     for style, text in texts.items():
         assert text in (FOLDER / f"LICENSE.{style}").read_text()

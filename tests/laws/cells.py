@@ -28,9 +28,18 @@ from recipes._cli import HOME
 CLASSES, SIDE, BATCH, STEPS = 3, 32, 4, 3
 
 #: Arguments of recipes beside what all recipes with a backbone get (below), by name of the recipe.
-RECIPES: dict[str, dict[str, Any]] = {"adversarial_training": {"norm": "l2", "eps": 0.5, "steps": 2}}
-#: The DataModule's class of recipes that aren't trained on images (below: Images), by name of the recipe.
-DATA: dict[str, type[LightningDataModule]] = {}
+RECIPES: dict[str, dict[str, Any]] = {
+    "adversarial_training": {"norm": "l2", "eps": 0.5, "steps": 2},
+    "clip": {
+        "vocabulary": ("red", "green", "blue"),
+        "class_texts": ("red", "green", "blue"),
+        **dict.fromkeys(("embed_dim", "width", "text_width"), 32),
+        **{"layers": 3, "text_layers": 1, "context_length": 8, "lr": 1e-3},
+    },
+}
+#: In which precision two ranks are compared with one process, if not in float32. The bias of attention's keys has no
+#: gradient but for rounding, and Adam divides that by itself.
+PRECISION: dict[str, Any] = {"clip": "64-true"}
 #: Arguments of techniques that can't do without, by class name.
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "AdversarialInput": {"steps": 2},
@@ -38,6 +47,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "FreeLB": {"layer": "layer1"},
     "LatentAdversarial": {"steps": 2},
 }
+#: The same for one recipe.
+ON: dict[tuple[str, str], dict[str, Any]] = {("clip", "FreeLB"): {"layer": "transformer.resblocks.0"}}
 #: (recipe, technique) that don't go together, and a part of what the technique then says (a ValueError).
 APART: dict[tuple[str, str], str] = {("classifier", "NeedsAttention"): "no attention"}
 
@@ -77,8 +88,8 @@ def recipes() -> dict[str, type[LightningModule]]:
     return found
 
 
-def technique(cls: type[Perturbation], **more: Any) -> Perturbation:
-    return cls(**{**TECHNIQUES.get(cls.__name__, {}), **more})
+def technique(cls: type[Perturbation], on: str = "classifier", **more: Any) -> Perturbation:
+    return cls(**{**TECHNIQUES.get(cls.__name__, {}), **ON.get((on, cls.__name__), {}), **more})
 
 
 def recipe(name: str, *, norm: bool = True, drop: bool = True, **more: Any) -> LightningModule:
@@ -120,6 +131,29 @@ class Images(ImageDataModule):
         label = torch.arange(self.size) % CLASSES
         images = torch.randint(0, 256, (self.size, 3, SIDE, SIDE), generator=g, dtype=torch.uint8)
         return ImageSet(images, {"label": label, "domain": torch.zeros_like(label)})
+
+
+class Captioned(Images):
+    """The same with captions."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for part, images in self._sets.items():
+            images.entries["concept"] = torch.arange(len(images)) % 5
+            if part == "train" and not isinstance(images, CaptionedSet):
+                self._sets[part] = CaptionedSet(images.images, images.entries)
+
+
+class CaptionedSet(ImageSet):
+    """Adds ``text``."""
+
+    def __getitems__(self, draws: Any) -> dict[str, Any]:
+        batch: dict[str, Any] = super().__getitems__(draws)
+        return {**batch, "text": [("red", "green", "blue", "red green", "blue red")[c] for c in batch["concept"]]}
+
+
+#: The DataModule's class of recipes that aren't trained on labelled images, by name of the recipe.
+DATA: dict[str, type[LightningDataModule]] = {"clip": Captioned}
 
 
 def trainer(*callbacks: Any, **options: Any) -> Trainer:

@@ -244,7 +244,8 @@ def one_process(recipe: str, make: Make, batch: int, devices: Any = 1, **options
     """The weights after each step of a run without batch norm; in two ranks if called by each of them."""
     module, steps = cells.recipe(recipe, norm=False, drop=False), EveryStep()
     data = cells.data(recipe, size=4 * BATCH * cells.STEPS, batch_size=batch)
-    runner = trainer(make(), steps, devices=devices, limit_train_batches=cells.STEPS, limit_val_batches=0, **options)
+    options = {"precision": cells.PRECISION.get(recipe, "32-true"), "devices": devices, **options}
+    runner = trainer(make(), steps, limit_train_batches=cells.STEPS, limit_val_batches=0, **options)
     runner.fit(module, datamodule=data)
     return steps.steps
 

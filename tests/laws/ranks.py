@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
     results: dict[tuple[str, str], Any] = {}
     with quiet():
         for (recipe, label), (cls, arguments) in wanted().items():
-            make = functools.partial(cells.technique, cls, **arguments)
+            make = functools.partial(cells.technique, cls, recipe, **arguments)
             try:
                 results[recipe, label] = one_process(recipe, make, cells.BATCH, devices=2, strategy="ddp")
             except Exception as error:  # whatever it is, it belongs to this cell alone and is reported there

@@ -28,8 +28,8 @@ def find(name: str) -> type[Perturbation]:
     return cells.techniques().get(name) or OWN.get(name) or getattr(wrong, name)
 
 
-def make(name: str, /, **more: Any) -> laws.Make:
-    return functools.partial(cells.technique, find(name), **more)
+def make(name: str, on: str = "classifier", /, **more: Any) -> laws.Make:
+    return functools.partial(cells.technique, find(name), on, **more)
 
 
 # ---------------------------------------------------------------------- what the laws are applied to
@@ -51,7 +51,7 @@ def test_recipes_are_small_here(recipe: str) -> None:
 def test_what_is_apart_says_so() -> None:
     for (recipe, name), words in cells.APART.items():
         with pytest.raises(ValueError, match=words) as error:
-            cells.trainer(make(name)()).fit(cells.recipe(recipe), datamodule=cells.data(recipe))
+            cells.trainer(make(name, recipe)()).fit(cells.recipe(recipe), datamodule=cells.data(recipe))
         assert "\n" not in str(error.value)
 
 
@@ -60,8 +60,8 @@ def test_what_is_apart_says_so() -> None:
 
 @every
 def test_1_no_trace(recipe: str, name: str) -> None:
-    laws.no_trace(recipe, make(name))
-    laws.no_trace_of_a_failed_step(recipe, make(name))
+    laws.no_trace(recipe, make(name, recipe))
+    laws.no_trace_of_a_failed_step(recipe, make(name, recipe))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_1_bites_where_a_step_fails(name: str, finding: str) -> None:
 def test_2_zero_is_nothing(recipe: str, name: str) -> None:
     zero = find(name).zero
     assert zero, f"{name} must say at which settings it does nothing (`zero`)"
-    laws.zero_is_nothing(recipe, make(name, **zero))
+    laws.zero_is_nothing(recipe, make(name, recipe, **zero))
 
 
 @pytest.mark.parametrize("name", ["NotNothingAtZero", "DrawsAtZero"])
@@ -114,7 +114,7 @@ def test_2_bites(name: str) -> None:
 
 @every
 def test_3_off_at_evaluation(recipe: str, name: str) -> None:
-    laws.off_at_evaluation(recipe, make(name))
+    laws.off_at_evaluation(recipe, make(name, recipe))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_4_two_ranks_are_one(recipe: str, name: str, two_ranks: Any) -> None:
     laws.two_ranks_agree(two_ranks(recipe, name))
     settings = find(name).per_example
     if settings is not None:
-        laws.two_ranks_are_one(two_ranks(recipe, f"{name}!"), recipe, make(name, **settings))
+        laws.two_ranks_are_one(two_ranks(recipe, f"{name}!"), recipe, make(name, recipe, **settings))
 
 
 def test_4_bites(two_ranks: Any) -> None:
@@ -152,7 +152,7 @@ def test_4_bites(two_ranks: Any) -> None:
 @every
 @pytest.mark.parametrize("stop", [3, 5], ids=["at an epoch's end", "in mid-epoch"])
 def test_5_resume_is_exact(recipe: str, name: str, stop: int, tmp_path: Path) -> None:
-    laws.resume_is_exact(recipe, make(name), tmp_path, stop)
+    laws.resume_is_exact(recipe, make(name, recipe), tmp_path, stop)
 
 
 @pytest.mark.parametrize("name", ["ForgetsWhenResumed", "DrawsGlobally", "ForgetsThatItBegan"])
@@ -194,26 +194,26 @@ def channels_last(backbone: torch.nn.Module) -> None:
 
 @every
 def test_7_accumulation(recipe: str, name: str) -> None:
-    laws.accumulates(recipe, make(name))
+    laws.accumulates(recipe, make(name, recipe))
 
 
 @every
 def test_7_precision_clipping_and_layout(recipe: str, name: str) -> None:
-    laws.same_in(recipe, make(name), 0.1, precision="bf16-mixed")
-    laws.same_in(recipe, make(name), 1e-3, channels_last)
-    laws.runs_in(recipe, make(name), gradient_clip_val=0.01)
+    laws.same_in(recipe, make(name, recipe), 0.1, precision="bf16-mixed")
+    laws.same_in(recipe, make(name, recipe), 1e-3, channels_last)
+    laws.runs_in(recipe, make(name, recipe), gradient_clip_val=0.01)
 
 
 @every
 def test_7_compiled(recipe: str, name: str) -> None:
-    laws.same_in(recipe, make(name), 1e-3, compiled, limit_val_batches=0)  # validation would be traced anew
+    laws.same_in(recipe, make(name, recipe), 1e-3, compiled, limit_val_batches=0)  # validation would be traced anew
 
 
 @every
 @pytest.mark.slow
 def test_7_compiled_to_machine_code(recipe: str, name: str) -> None:
     torch._dynamo.reset()
-    laws.same_in(recipe, make(name), 1e-3, torch.nn.Module.compile)
+    laws.same_in(recipe, make(name, recipe), 1e-3, torch.nn.Module.compile)
 
 
 def test_7_bites() -> None:

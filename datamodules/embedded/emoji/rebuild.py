@@ -5,7 +5,8 @@
     python datamodules/embedded/emoji/rebuild.py --write    # and write the arrays and SHA256SUMS
 
 Needs ``npm`` (it fetches the drawings) or ``--packages DIR`` with the archives that ``npm pack`` made. ``concepts.npz``
-says which emoji are drawn, with their class and their split; it is made by hand and kept.
+says which emoji are drawn, with their class and their split; it is made by hand and kept. So is ``captions.npz``, with
+the names and keywords of those and of the other emoji, which are drawn into ``<style>_more.npz``.
 """
 
 from __future__ import annotations
@@ -69,16 +70,22 @@ def draw(icons: dict, name: str) -> np.ndarray:
     return np.asarray(square.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
-def rebuild(style: str, folder: Path) -> np.ndarray:
-    """All concepts in one style: uint8 (concepts, 32, 32, 3)."""
+def rebuild(style: str, folder: Path, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The emoji of these code points in one style, uint8 (N, 32, 32, 3), and whether it has them: bool (N,).
+
+    What it hasn't is white.
+    """
     drawings, names = PACKAGES[style]
     icons = member(archive(drawings, folder), "icons.json")
     chars = member(archive(names or drawings, folder), "chars.json")
-    images = []
-    for points in np.load(HERE / "concepts.npz")["codepoints"]:
+    images = np.full((len(wanted), SIDE, SIDE, 3), 255, np.uint8)
+    present = np.zeros(len(wanted), bool)
+    for i, points in enumerate(wanted):
         key = str(points).lower()
-        images.append(draw(icons, chars.get(key) or chars[key.replace("-fe0f", "")]))
-    return np.stack(images)
+        name = chars.get(key) or chars.get(key.replace("-fe0f", ""), "")
+        if name in icons["icons"] or name in icons.get("aliases", {}):
+            images[i], present[i] = draw(icons, name), True
+    return images, present
 
 
 def main() -> int:
@@ -87,15 +94,18 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the arrays")
     args = parser.parse_args()
     worst = 0
+    captions = np.load(HERE / "captions.npz")
+    sets = {"": np.load(HERE / "concepts.npz")["codepoints"], "_more": captions["codepoints"][captions["concept"] < 0]}
     with tempfile.TemporaryDirectory() as temporary:
-        for style in PACKAGES:
-            images = rebuild(style, args.packages or Path(temporary))
-            file = HERE / f"{style}.npz"
+        for style, suffix in [(style, suffix) for suffix in sets for style in PACKAGES]:
+            images, present = rebuild(style, args.packages or Path(temporary), sets[suffix])
+            file = HERE / f"{style}{suffix}.npz"
             if args.write:
-                np.savez_compressed(file, images=images)
+                arrays = {"images": images, "present": present} if suffix else {"images": images}
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes them for its flag
             difference = int(np.abs(images.astype(int) - np.load(file)["images"]).max())
             worst = max(worst, difference)
-            print(f"{style}: {len(images)} drawings, largest difference {difference}", flush=True)
+            print(f"{file.name}: {present.sum()} drawings, largest difference {difference}", flush=True)
     if args.write:
         sums = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in sorted(HERE.glob("*.npz"))]
         (HERE / "SHA256SUMS").write_text("".join(sums))
