@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from datamodules.images import IMAGENET_CROP
 from datamodules.splits import HeldOut, class_folders
 
 JPEG = (".jpeg", ".jpg")
@@ -93,7 +94,7 @@ class ImageNet(HeldOut):
         ValueError: for a number of classes other than a thousand, or validation images that aren't sorted by class.
     """
 
-    crop = True
+    crop = IMAGENET_CROP
     classes = 1000
 
     def __init__(

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _DRAWS = 5
 #: Files whose reading takes so long that it is shown.
 MANY = 2000
+#: How much larger than the middle that is cut out ImageNet's images are scaled.
+IMAGENET_CROP = 8 / 7
 #: What counts as an image in a folder of the user's.
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 OnCorrupt = Literal["error", "skip"]
@@ -44,10 +46,10 @@ def run_seed() -> int:
 # ---------------------------------------------------------------------- decoding
 
 
-def decode(file: Path, size: tuple[int, int], crop: bool = False) -> Tensor:
+def decode(file: Path, size: tuple[int, int], crop: float = 0.0) -> Tensor:
     """An image file as uint8 (3, H, W), squashed to ``size`` = (H, W) with bicubic filtering (Dassl's ``Resize``).
 
-    With ``crop`` it isn't squashed: it is scaled to 8/7 of the size and the middle is cut out (ImageNet's custom).
+    With ``crop`` it isn't squashed: it is scaled so that ``crop`` times the size just fits, and the middle is cut out.
 
     Raises:
         ValueError: naming the file, if it is no image or is cut short.
@@ -58,7 +60,7 @@ def decode(file: Path, size: tuple[int, int], crop: bool = False) -> Tensor:
                 opened.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes large photographs at a fraction of the size
             image = opened.convert("RGBA").convert("RGB") if opened.mode in ("P", "PA", "LA") else opened.convert("RGB")
             if crop and image.size != (size[1], size[0]):
-                image = _middle(image, size)
+                image = _middle(image, size, crop)
             elif image.size != (size[1], size[0]):
                 image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -71,9 +73,9 @@ def decode(file: Path, size: tuple[int, int], crop: bool = False) -> Tensor:
         ) from None
 
 
-def _middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The middle of the image, which is first scaled so that 8/7 of ``size`` = (H, W) just fits."""
-    scale = max(8 / 7 * size[1] / image.width, 8 / 7 * size[0] / image.height)
+def _middle(image: Image.Image, size: tuple[int, int], crop: float) -> Image.Image:
+    """The middle of the image, which is first scaled so that ``crop`` times ``size`` = (H, W) just fits."""
+    scale = max(crop * size[1] / image.width, crop * size[0] / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size[1]) // 2, (image.height - size[0]) // 2
     return image.crop((left, top, left + size[1], top + size[0]))
@@ -113,7 +115,7 @@ class Rows(Protocol):
 class Files:
     """Images decoded when they are asked for, grey (by their luminance) where ``channels`` is 1."""
 
-    def __init__(self, files: Sequence[Path], channels: int, size: tuple[int, int], crop: bool = False) -> None:
+    def __init__(self, files: Sequence[Path], channels: int, size: tuple[int, int], crop: float = 0.0) -> None:
         self.files, self.size, self.crop = list(files), size, crop
         self.shape = torch.Size((len(self.files), channels, *size))
 
@@ -145,7 +147,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         size: tuple[int, int] | None = None,
         memory_gb: float = 0.0,
         on_corrupt: OnCorrupt = "error",
-        crop: bool = False,
+        crop: float = 0.0,
     ) -> None:
         self.entries = dict(entries)
         self.files: list[Path] | None = None
@@ -402,7 +404,7 @@ class ImageDataModule(LightningDataModule):
         files = self.files_to_predict()
         size = (self.image_size, self.image_size)
         unknown = torch.full((len(files),), -1)
-        images = Files(files, self.in_chans, size, getattr(self, "crop", False))
+        images = Files(files, self.in_chans, size, getattr(self, "crop", 0.0))
         self._sets["predict"] = ImageSet(images, {"label": unknown, "domain": torch.zeros_like(unknown)})
         return self._loader("predict", EvalBatches(len(files), self.eval_batch_size))
 

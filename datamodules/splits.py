@@ -68,7 +68,7 @@ class HeldOut(ImageDataModule):
 
     memory_gb = 0.0
     on_corrupt: OnCorrupt = "error"
-    crop = False
+    crop = 0.0
 
     def __init__(
         self, val_size: int = 1000, train_size: int | None = None, labelled: int | None = None, **common: Any

@@ -5,7 +5,7 @@ Perturbs: nothing
 Plugs in: every technique of callbacks/ that perturbs inputs, features of the image tower or weights
 Claim: none of its own
 Data: 1,644 emoji in five drawing styles, with their Unicode names and keywords
-Run time: half an hour on two cores (its weights come with the project)
+Run time: three quarters of an hour on two cores
 Command: python -m recipes.clip fit
 """
 
