@@ -13,10 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datamodules.captions import CLASS_TEXTS, TEMPLATE, Captions
 from datamodules.domains import Entry
+from datamodules.emoji import CLASSES, STYLES, drawings
 from datamodules.images import ImageDataModule, ImageSet, OnCorrupt
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -55,6 +58,28 @@ def halves(classes: int) -> list[list[int]]:
     """The base classes, ceil(K / 2) of them, and the novel ones."""
     base = math.ceil(classes / 2)
     return [list(range(base)), list(range(base, classes))]
+
+
+def _divided(protocol: str, classes: int) -> tuple[list[str], list[list[int]]]:
+    """Names of the test's domains and the classes of each."""
+    if protocol not in ("base_to_novel", "all"):
+        raise ValueError(f"protocol must be base_to_novel or all, not '{protocol}'")
+    if protocol == "all":
+        return ["all"], [list(range(classes))]
+    if classes < 2:
+        raise ValueError(f"there is {classes} class: nothing to divide into base and novel")
+    return ["base", "novel"], halves(classes)
+
+
+def _drawn(label: Tensor, base: int, part: Part, shots: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Positions of a part's images that are taken, and their labels and domains; ``base``: classes of the first."""
+    domain = (label >= base).long()
+    chosen = torch.arange(len(label))
+    if part == "train":  # novel classes have no part in training
+        chosen = (domain == 0).nonzero().squeeze(1)
+    if part != "test" and shots:
+        chosen = chosen[few_shots(label[chosen], shots if part == "train" else min(shots, 4), seed)]
+    return chosen, {"label": label[chosen], "domain": domain[chosen]}
 
 
 def _plain(name: str) -> str:
@@ -136,8 +161,6 @@ class FewShot(ImageDataModule):
         super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size)
         if shots < 0:
             raise ValueError(f"shots must not be negative (0: all images), but is {shots}")
-        if protocol not in ("base_to_novel", "all"):
-            raise ValueError(f"protocol must be base_to_novel or all, not '{protocol}'")
         if image_size < 8:
             raise ValueError(f"image_size must be at least 8, not {image_size}")
         self.root, self.shots, self.protocol = Path(root).expanduser(), shots, protocol
@@ -147,12 +170,7 @@ class FewShot(ImageDataModule):
         self.class_names = self.read_classes()
         self.class_texts = [name.replace("_", " ") for name in self.class_names]
         self.num_classes = len(self.class_names)
-        if protocol == "base_to_novel":
-            if self.num_classes < 2:
-                raise ValueError(f"{self.root} has {self.num_classes} class: nothing to divide into base and novel")
-            self.domain_names, self.domain_classes = ["base", "novel"], halves(self.num_classes)
-        else:
-            self.domain_names, self.domain_classes = ["all"], [list(range(self.num_classes))]
+        self.domain_names, self.domain_classes = _divided(protocol, self.num_classes)
         if sentences is not None:
             self.class_sentences = read_sentences(Path(sentences).expanduser(), self.class_names)
         else:
@@ -185,19 +203,67 @@ class FewShot(ImageDataModule):
     def load(self, part: Part) -> ImageSet:
         entries = self.entries(part)
         label = torch.tensor([entry.label for entry in entries], dtype=torch.int64)
-        domain = torch.zeros_like(label)
-        if self.protocol == "base_to_novel":
-            domain = (label >= len(self.domain_classes[0])).long()
-        chosen = torch.arange(len(label))
-        if part == "train":  # novel classes have no part in training
-            chosen = (domain == 0).nonzero().squeeze(1)
-        if part != "test" and self.shots:
-            shots = self.shots if part == "train" else min(self.shots, 4)
-            chosen = chosen[few_shots(label[chosen], shots, self.seed)]
+        chosen, of = _drawn(label, len(self.domain_classes[0]), part, self.shots, self.seed)
         files = [entries[i].file for i in chosen.tolist()]
         size = (self.image_size, self.image_size)
-        of = {"label": label[chosen], "domain": domain[chosen]}
         return ImageSet(files, of, size, self.memory_gb, self.on_corrupt, self.crop)
+
+
+class EmojiFewShot(ImageDataModule):
+    """The same protocol on embedded data: 17 classes of emoji, 9 base and 8 novel, in five drawing styles mixed.
+
+    Trained on a few drawings of each base class, of concepts that the small CLIP saw, too, when it was trained;
+    validated (on base and novel, 4 of each class) and tested on concepts that it never saw. Sentences about a class are
+    keywords of its training concepts.
+
+    Args:
+        shots: training drawings of each class, drawn by the run's seed; 0: all. Validation has at most 4 of each.
+        protocol: ``base_to_novel``: domains of the test are ``base`` and ``novel``; ``all``: one domain.
+        sentences: a JSON file {class: [sentence, ...]}, in place of the keywords.
+        image_size: drawings are 32 pixels high; another size scales them once, when they are read.
+
+    Other arguments: see :class:`datamodules.images.ImageDataModule`.
+    """
+
+    template = TEMPLATE
+
+    def __init__(
+        self,
+        shots: int = 16,
+        protocol: Protocol = "base_to_novel",
+        sentences: str | None = None,
+        image_size: int = 32,
+        batch_size: int = 4,
+        num_workers: int = 0,
+        seed: int | None = None,
+        flip: bool = True,
+        translate: float = 0.0625,
+        transform: nn.Module | None = None,
+        eval_batch_size: int | None = 100,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size)
+        if shots < 0:
+            raise ValueError(f"shots must not be negative (0: all images), but is {shots}")
+        if image_size < 8:
+            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        self.shots, self.image_size = shots, image_size
+        self.class_names, self.num_classes = list(CLASSES), len(CLASSES)
+        self.class_texts = [CLASS_TEXTS.get(name, name) for name in CLASSES]
+        self.domain_names, self.domain_classes = _divided(protocol, self.num_classes)
+        self._captions = Captions()
+        file = Path(sentences).expanduser() if sentences is not None else None
+        self.class_sentences = read_sentences(file, CLASSES) if file else self._captions.sentences()
+
+    def load(self, part: Part) -> ImageSet:
+        captions, images, labels = self._captions, [], []
+        wanted = np.flatnonzero(captions.split == part)
+        for style in STYLES:
+            drawn, present = drawings(style, captions.concept, self.image_size)
+            here = torch.from_numpy(wanted[present[wanted]])
+            images.append(drawn[here])
+            labels.append(torch.from_numpy(captions.label)[here])
+        chosen, of = _drawn(torch.cat(labels), len(self.domain_classes[0]), part, self.shots, self.seed)
+        return ImageSet(torch.cat(images)[chosen], of)
 
 
 # ---------------------------------------------------------------------- one split file

@@ -154,6 +154,8 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         self.images: Tensor | Rows | None = None
         self.crop = crop
         self.transform: Augmentation | None = None
+        #: 2: batches also have ``view``, the same images under a second, independent draw of the transform.
+        self.views = 1
         if not isinstance(images, Sequence):
             self.images, self.size = images, (images.shape[-2], images.shape[-1])
         else:
@@ -216,9 +218,10 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         else:
             assert self.files is not None
             images = torch.stack([decode(self.files[i], self.size, self.crop) for i in index.tolist()])
-        if self.transform is not None:
-            images = self.transform(images, draws[0].epoch, index)
-        batch = {"image": images.float().div_(255) if images.dtype == torch.uint8 else images}
+        batch = {}
+        for number, name in enumerate(("image", "view")[: self.views]):
+            drawn = images if self.transform is None else self.transform(images, draws[0].epoch, index, number)
+            batch[name] = drawn.float().div_(255) if drawn.dtype == torch.uint8 else drawn
         batch |= {name: values[index] for name, values in self.entries.items()}
         return {**batch, "index": index}
 
@@ -239,19 +242,19 @@ class Augmentation:
         if not 0 <= translate < 1:
             raise ValueError(f"translate must lie in [0, 1), not {translate}")
         self.seed, self.size, self.flip, self.translate, self.transform = seed, size, flip, translate, transform
-        self._epoch = -1
-        self._table = torch.empty(0)
+        self._tables: dict[tuple[int, int], Tensor] = {}
 
-    def _draws(self, epoch: int, index: Tensor) -> Tensor:
+    def _draws(self, epoch: int, index: Tensor, view: int) -> Tensor:
         """Uniform numbers of these examples in this epoch, (B, 5): a row of a table that is made once an epoch."""
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + 500_009)
-            self._table, self._epoch = torch.rand(self.size, _DRAWS, generator=generator), epoch
-        return self._table[index]
+        if (epoch, view) not in self._tables:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + 500_009 * (1 + view))
+            self._tables = {key: table for key, table in self._tables.items() if key[0] == epoch}
+            self._tables[epoch, view] = torch.rand(self.size, _DRAWS, generator=generator)
+        return self._tables[epoch, view][index]
 
-    def __call__(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) in, the same out."""
-        u = self._draws(epoch, index)
+    def __call__(self, images: Tensor, epoch: int, index: Tensor, view: int = 0) -> Tensor:
+        """uint8 (B, C, H, W) in, the same out; ``view``: which of the independent draws of an example and epoch."""
+        u = self._draws(epoch, index, view)
         if self.flip:
             images = torch.where((u[:, 0] < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
         if self.translate:
@@ -340,6 +343,9 @@ class ImageDataModule(LightningDataModule):
         self.predict_folder: Path | None = None
         #: How often each training batch comes in a row; set by techniques that replay batches, before the loaders are.
         self.replays = 1
+        #: How many independently drawn views of each training image a batch has, 1 or 2 (``image``, ``view``); set by
+        #: recipes that compare views, before the loaders are made.
+        self.views = 1
 
     @property
     def seed(self) -> int:
@@ -382,6 +388,7 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         examples = self.part("train")
         examples.transform = Augmentation(self.seed, len(examples), self.flip, self.translate, self.transform)
+        examples.views = self.views
         order = TrainBatches(len(examples), self.batch_size, self.seed, replays=self.replays)
         if self._resumed is not None:
             order.epoch, order.consumed = self._resumed["epoch"], self._resumed["consumed"]
