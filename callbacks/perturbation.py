@@ -344,11 +344,15 @@ def _unguarded_buffers(module: nn.Module) -> Iterator[Tensor]:
 def parameter_groups(module: LightningModule, **options: Any) -> list[dict[str, Any]]:
     """Groups for the optimizer: the network with ``options``, then a group without weight decay per technique.
 
+    What is frozen when the groups are made is in none of them.
+
     Groups carry a ``name`` (``model``, ``perturbations.<name>``) and the names of their ``parameters``, by which
     checkpoints with other techniques are read. A recipe may split the first group, if it keeps one named ``model``.
     """
     members: dict[str, list[tuple[str, nn.Parameter]]] = {"model": []}
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         place = name.split(".")
         members.setdefault(f"{PREFIX}.{place[1]}" if place[0] == PREFIX else "model", []).append((name, parameter))
     return [

@@ -18,12 +18,12 @@ Where paper and released code differ, or the code is broken, we do this:
 
 from __future__ import annotations
 
-import hashlib
+import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import copy
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
@@ -51,14 +51,15 @@ from recipes.coprompt.prompts import (
 )
 
 __all__ = ["CoPrompt", "consistency_loss"]
+log = logging.getLogger(__name__)
 
 Technique = Literal["zero_shot", "zero_shot_ensemble", "coop", "cocoop", "maple", "promptsrc", "coprompt"]
-TECHNIQUES: tuple[Technique, ...] = ("zero_shot", "zero_shot_ensemble", "coop", "cocoop", "maple", "promptsrc", "coprompt")
+TECHNIQUES: tuple[Technique, ...] = get_args(Technique)
 Distill = Literal["cosine", "mse"]
 #: PromptSRC's weights of its consistency of image features, text features and logits.
 _SRC = (10.0, 25.0, 1.0)
 #: Parts of the module that are frozen and not in its checkpoints.
-_FROZEN = ("clip.", "teacher.")
+_FROZEN = ("clip", "teacher")
 #: Learning rate of the first epoch (Dassl's constant warm-up).
 _WARMUP_LR = 1e-5
 
@@ -110,7 +111,8 @@ class CoPrompt(LightningModule):
         n_ctx: M, tokens of each prompt.
         ctx_init: words before the class; if they are at least ``n_ctx`` tokens, the first of them are what is learned
             and are its first values; else prompts begin at random and only the class's name follows.
-        depth: J, blocks that are given prompts of their own, the first included; 0: no prompts. CoOp's and CoCoOp's is 1.
+        depth: J, blocks that are given prompts of their own, the first included; 0: no prompts. CoOp and CoCoOp have
+            them before the first block only.
         lam: weight of the consistency terms of ``coprompt``.
         adapter_image: share of the adapted image features, of ``coprompt``.
         adapter_text: share of the adapted text features, of ``coprompt``.
@@ -133,6 +135,17 @@ class CoPrompt(LightningModule):
     teacher: Any
     mean: Tensor
     std: Tensor
+    #: Of all K classes: which belong to a domain (domains, K); tokens (K, L) of the template's texts and of the texts
+    #: whose first words are learned; the position of each among the classes trained on, or -1.
+    allowed: Tensor
+    tokens: Tensor
+    prompted: Tensor
+    place: Tensor
+    #: The teacher's features of the template's texts (K, D) and of all sentences (S, K, D), as soon as they are needed.
+    taught_classes: Tensor | None
+    bank: Tensor | None
+    val_confusion: DomainConfusion
+    test_confusion: DomainConfusion
 
     def __init__(
         self,
@@ -197,16 +210,17 @@ class CoPrompt(LightningModule):
 
     def _learned(self, text: Any, technique: Technique, n_ctx: int, ctx_init: str, depth: int) -> None:
         """Make what is trained."""
-        h, width, image_width = self.hparams, text.token_embedding.weight.shape[1], self.clip.visual.conv1
+        h, width = self.hparams, text.token_embedding.weight.shape[1]
         image_width = self.clip.visual.class_embedding.shape[0]
         layers = len(text.transformer.resblocks), len(self.clip.visual.transformer.resblocks)
         if depth > max(layers):
-            raise ValueError(f"depth is {depth}, but the text tower has {layers[0]} blocks, the image tower {layers[1]}")
-        count = len(self._plain_tokens(ctx_init))
-        self._prefix = ctx_init if n_ctx <= count else " ".join(["X"] * n_ctx)
-        with torch.no_grad():
-            ctx = text.token_embedding(torch.tensor(self._plain_tokens(ctx_init)))[:n_ctx].float()
-        ctx = ctx if n_ctx <= count else torch.empty(n_ctx, width).normal_(std=0.02)
+            has = f"the text tower has {layers[0]} blocks, the image tower {layers[1]}"
+            raise ValueError(f"depth is {depth}, but {has}")
+        words = self._words(ctx_init)
+        self._prefix = ctx_init if n_ctx <= len(words) else " ".join(["X"] * n_ctx)
+        ctx = torch.empty(n_ctx, width).normal_(std=0.02)
+        if n_ctx <= len(words):
+            ctx = text.token_embedding.weight[words[:n_ctx]].detach().float()
         dim = self.clip.visual.output_dim
         self.prompts: nn.Module | None = None
         if depth and technique == "coop":
@@ -220,11 +234,10 @@ class CoPrompt(LightningModule):
         ratios = [h["adapter_image"], h["adapter_text"]] if technique == "coprompt" else [0.0, 0.0]
         self.adapter_image, self.adapter_text = (Adapter(dim, r) if r else nn.Identity() for r in ratios)
 
-    def _plain_tokens(self, text: str) -> list[int]:
-        """Numbers of a text's tokens without start and end."""
-        row = self.tokenize([text])[0]
-        empty = int((self.tokenize([""])[0] != 0).sum())  # start and end
-        return row[1 : int((row != 0).sum()) - empty + 1].tolist() if text else []
+    def _words(self, text: str) -> list[int]:
+        """Numbers of a text's tokens between start and end."""
+        length = (self.tokenize([text, ""]) != 0).sum(1).tolist()  # 0 is the padding, or a token that isn't used
+        return self.tokenize([text])[0, 1 : 1 + length[0] - length[1]].tolist()
 
     # ------------------------------------------------------------------ classes
 
@@ -255,7 +268,7 @@ class CoPrompt(LightningModule):
             twice = next(n for n in names if names.count(n) > 1)
             raise ValueError(f"classes must differ, but '{twice}' is there twice")
         self.class_names, self.class_texts = names, list(texts) or [name.replace("_", " ") for name in names]
-        self.template = template or getattr(self, "template", "a photo of a {}.")
+        self.template: str = template or getattr(self, "template", None) or "a photo of a {}."
         if "{}" not in self.template:
             raise ValueError(f"the template must have a place {{}} for the class, but is '{self.template}'")
         plain = [self.template.format(text) for text in self.class_texts]
@@ -281,14 +294,311 @@ class CoPrompt(LightningModule):
         self.val_confusion, self.test_confusion = (
             DomainConfusion(len(self.domain_names), len(names)).to(device) for _ in range(2)
         )
-        means = {f"{what}_{domain}": MeanMetric() for what in ("text", "image") for domain in self.domain_names}
-        self.val_cosine = nn.ModuleDict({name: mean.to(device) for name, mean in means.items()})
+        self.val_cosine = nn.ModuleDict({f"of_{name}": MeanMetric().to(device) for name in self.domain_names})
 
     def _tokens(self, texts: Sequence[str]) -> Tensor:
-        """(N, L) numbers."""
+        """(N, L) numbers; says so where a text is cut."""
         tokens = self.tokenize(texts)
-        full = [t for t, row in zip(texts, tokens, strict=True) if row[-1] != 0]
-        if full and (len(full[0]) > tokens.shape[1]):  # its last token is the end, perhaps of a text that was cut
-            kept = len(self.tokenize(full[:1])[0])
-            logging.getLogger(__name__).warning("cut to %d tokens: '%s'", kept, full[0])
+        longer = [text for text, row in zip(texts, tokens, strict=True) if row[-1] != 0]
+        if longer:  # perhaps it fits just so, which can't be told
+            log.warning("%d texts fill all %d tokens or are cut, such as '%s'", len(longer), tokens.shape[1], longer[0])
         return tokens
+
+    # ------------------------------------------------------------------ set up
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The image tower, on whose layers techniques hang; the teacher's is untouched."""
+        return self.clip.visual
+
+    def train(self, mode: bool = True) -> CoPrompt:
+        """As everywhere, but for the frozen towers, which stay in evaluation mode."""
+        super().train(mode)
+        self.clip.eval()
+        self.teacher.eval()
+        return self
+
+    def _needs(self) -> tuple[bool, bool]:
+        """Whether training compares with the teacher, and whether on another view of the image."""
+        other_view = self.technique == "coprompt" and self.hparams["lam"] > 0
+        return other_view or self.technique == "promptsrc", other_view
+
+    def setup(self, stage: str) -> None:
+        if len(self.class_texts) < 2:
+            raise ValueError("the model needs at least two classes: use a DataModule that has class_names")
+        if stage == "fit" and self.trainer.max_epochs != 0 and not any(p.requires_grad for p in self.parameters()):
+            raise ValueError(
+                f"{self.technique} has nothing to train: use the verb test, or fit with --trainer.max_epochs 0"
+            )
+        compared, other_view = self._needs()
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and other_view and hasattr(data, "views"):
+            data.views = 2
+        ensemble = self.technique == "zero_shot_ensemble"
+        if self.bank is None and (ensemble or (stage == "fit" and compared)):
+            if self.trainer.is_global_zero:
+                self._encode_bank()
+            self.trainer.strategy.barrier()  # the others read what the first has written
+            self._sentences()
+
+    def _sentences(self) -> Tensor:
+        """:attr:`bank`."""
+        if self.bank is None:
+            self._encode_bank()
+        assert self.bank is not None
+        return self.bank
+
+    def _encode_bank(self) -> None:
+        lines = [line for lines in self.class_sentences for line in lines]
+        features = encode_once(self.clip, self.tokenize(lines), self._fingerprint())
+        self.bank = features.view(len(self.class_names), -1, features.shape[-1]).transpose(0, 1).contiguous()
+
+    def _taught_texts(self) -> Tensor:
+        """:attr:`taught_classes`."""
+        if self.taught_classes is None:
+            self.taught_classes = encode(self.clip, self.tokens)
+        return self.taught_classes
+
+    def _fingerprint(self) -> str:
+        """Of the frozen CLIP."""
+        if self._weights is None:
+            self._weights = towers.fingerprint(self.clip)
+        return self._weights
+
+    # ------------------------------------------------------------------ the student
+
+    def _prompted(self) -> Prompted:
+        return self.prompts() if self.prompts is not None else Prompted()
+
+    def image_features(self, image: Tensor, prompts: Prompted | None = None) -> Tensor:
+        """(B, D) of length 1, float32, of images (B, 3, H, W) in [0, 1]."""
+        prompts = self._prompted() if prompts is None else prompts
+        z = towers.encode_image(self.clip, (image - self.mean) / self.std, prompts.image, prompts.deep_image)
+        return F.normalize(self.adapter_image(z).float(), dim=-1)
+
+    def class_features(self, prompts: Prompted | None = None, classes: Sequence[int] | None = None) -> Tensor:
+        """(K, D) of length 1, float32, of these classes or all, in one batch."""
+        if self.technique == "zero_shot_ensemble":
+            features = F.normalize(self._sentences().mean(0), dim=-1)
+            return features if classes is None else features[classes]
+        prompts = self._prompted() if prompts is None else prompts
+        tokens = self.tokens if prompts.text is None else self.prompted
+        tokens = tokens if classes is None else tokens[classes]
+        z = towers.encode_text(self.clip, tokens, prompts.text, prompts.deep_text)
+        return F.normalize(self.adapter_text(z).float(), dim=-1)
+
+    def _logits(self, image: Tensor, classes: Tensor) -> Tensor:
+        """(B, K) of features (B, D) and (K, D), or (B, K, D), as open_clip computes them."""
+        with torch.autocast(image.device.type, enabled=False):
+            scaled = self.clip.logit_scale.exp().float() * image
+            logits = scaled @ classes.T if classes.dim() == 2 else (scaled[:, None] * classes).sum(-1)
+            return logits if self.clip.logit_bias is None else logits + self.clip.logit_bias
+
+    def _conditional(self, image: Tensor, classes: Sequence[int] | None = None) -> Tensor:
+        """CoCoOp's logits (B, K): a text of each class for each image (B, D)."""
+        assert isinstance(self.prompts, ConditionalPrompts)
+        tokens = self.prompted if classes is None else self.prompted[classes]
+        ctx = self.prompts.of(image).repeat_interleave(len(tokens), 0)
+        z = towers.encode_text(self.clip, tokens.repeat(len(image), 1), ctx)
+        return self._logits(image, F.normalize(z.float(), dim=-1).view(len(image), len(tokens), -1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, 3, H, W) in [0, 1]."""
+        features = self.image_features(image)
+        if isinstance(self.prompts, ConditionalPrompts):
+            return self._conditional(features)
+        return self._logits(features, self._eval_classes if self._eval_classes is not None else self.class_features())
+
+    # ------------------------------------------------------------------ training
+
+    @torch.no_grad()
+    def teacher_features(self, image: Tensor) -> Tensor:
+        """(B, D) of length 1, float32, by the untouched CLIP."""
+        if self._taught is None or self._taught[0] is not image:  # while a technique crafts, the view stays the same
+            z = self.teacher((image - self.mean) / self.std)
+            self._taught = image, F.normalize(z.float(), dim=-1)
+        return self._taught[1]
+
+    def _sentence(self) -> int:
+        """Which sentence of each class this step's consistency is with: alike on all ranks and when resumed."""
+        step = self.trainer.global_step if self._trainer is not None else 0
+        return fold_seed(run_seed(), "coprompt", "sentence", step) % len(self._sentences())
+
+    def terms(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of the loss, weighted: ``ce`` and, where there are, ``image``, ``text`` and ``logits``."""
+        base, prompts = self.domain_classes[0], self._prompted()
+        label = self.place[batch["label"]]
+        image = self.image_features(batch["image"], prompts)
+        if isinstance(self.prompts, ConditionalPrompts):
+            return {"ce": F.cross_entropy(self._conditional(image, base), label)}
+        classes = self.class_features(prompts, base)
+        logits = self._logits(image, classes)
+        found = {"ce": F.cross_entropy(logits, label)}
+        compared, other_view = self._needs()
+        if not compared:
+            return found
+        bank = self._sentences()
+        if other_view:
+            if "view" not in batch:
+                raise ValueError("coprompt compares with another view: the batch needs 'view', as our DataModules draw")
+            lam, kind = self.hparams["lam"], self.hparams["distill"]
+            found["image"] = lam * consistency_loss(image, self.teacher_features(batch["view"]), kind)
+            found["text"] = lam * consistency_loss(classes, bank[self._sentence()][base], kind)
+            return found
+        taught = self.teacher_features(batch["image"])
+        ensemble = F.normalize(bank[:, base].mean(0), dim=-1)
+        found["image"] = _SRC[0] * F.l1_loss(image, taught)
+        found["text"] = _SRC[1] * F.l1_loss(classes, ensemble)
+        apart = F.kl_div(logits.log_softmax(-1), self._logits(taught, ensemble).log_softmax(-1), log_target=True)
+        found["logits"] = _SRC[2] * apart
+        return found
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy among the classes trained on, and the consistency terms; no logging, no side effects."""
+        return torch.stack(list(self.terms(batch).values())).sum()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        terms, size = self.terms(batch), len(batch["label"])
+        loss = torch.stack(list(terms.values())).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        if len(terms) > 1:
+            self.log_dict({f"train/loss_{name}": term for name, term in terms.items()}, batch_size=size)
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._taught = None
+
+    # ------------------------------------------------------------------ evaluation
+
+    def _once(self) -> None:
+        if not isinstance(self.prompts, ConditionalPrompts):
+            with torch.inference_mode(False), torch.no_grad():  # an attack may take gradients through what uses it
+                self._eval_classes = self.class_features()
+
+    on_validation_epoch_start = on_predict_epoch_start = _once
+
+    def _among(self, logits: Tensor, domain: Tensor) -> Tensor:
+        """Logits of other classes than those of each image's domain are put out."""
+        return logits.masked_fill(~self.allowed[domain], -torch.inf)
+
+    def _evaluated(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, logits among the domain's classes, and domain."""
+        domain = batch.get("domain", torch.zeros_like(batch["label"]))
+        features = self.image_features(batch["image"])
+        if isinstance(self.prompts, ConditionalPrompts):
+            logits = self._conditional(features)
+        else:
+            logits = self._logits(features, self.class_features() if self._eval_classes is None else self._eval_classes)
+        return features, self._among(logits, domain), domain
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        features, logits, domain = self._evaluated(batch)
+        self.val_confusion.update(logits.argmax(-1), batch["label"], domain)
+        cosine = (features * self.teacher_features(batch["image"])).sum(-1)
+        for number, name in enumerate(self.domain_names):
+            if bool((domain == number).any()):
+                self.val_cosine[f"of_{name}"].update(cosine[domain == number])  # type: ignore[operator]
+        self._taught = None
+
+    def on_validation_epoch_end(self) -> None:
+        """``val/acc`` of the classes trained on, that of the other domains, and cosines to the teacher."""
+        accuracy = self._accuracies(self.val_confusion)
+        first = self.domain_names[0]
+        self.log("val/acc", accuracy[first], prog_bar=True)
+        self.log_dict({f"val/acc_{name}": value for name, value in accuracy.items() if name != first})
+        if self._eval_classes is not None:
+            cosine = (self._eval_classes * self._taught_texts()).sum(-1)
+            for name, members in zip(self.domain_names, self.domain_classes, strict=True):
+                self.log(f"val/cos_text_{name}", cosine[members].mean())
+        for name in accuracy:
+            mean = self.val_cosine[f"of_{name}"]
+            self.log(f"val/cos_image_{name}", mean.compute())  # type: ignore[operator]
+            mean.reset()  # type: ignore[operator]
+        self._eval_classes = None
+
+    def _accuracies(self, confusion: DomainConfusion) -> dict[str, Tensor]:
+        """Of each domain that has images."""
+        counts = confusion.compute()
+        confusion.reset()
+        self.confusion = counts.cpu()
+        shares = [c.diagonal().sum() / c.sum() for c in counts]
+        found = zip(self.domain_names, shares, counts, strict=True)
+        return {name: share for name, share, c in found if c.sum() > 0}
+
+    def on_test_epoch_start(self) -> None:
+        self._once()
+        #: The most confident mistake of each class: true class to (confidence, predicted class, image), for the report.
+        self.mistakes: dict[int, tuple[float, int, Tensor]] = {}
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        _, logits, domain = self._evaluated(batch)
+        confidence, predicted = logits.softmax(-1).max(-1)
+        self.test_confusion.update(predicted, batch["label"], domain)
+        for i in (predicted != batch["label"]).nonzero().flatten().tolist():
+            label, sure = int(batch["label"][i]), float(confidence[i])
+            if label not in self.mistakes or self.mistakes[label][0] < sure:
+                self.mistakes[label] = (sure, int(predicted[i]), batch["image"][i].cpu())
+
+    def on_test_epoch_end(self) -> None:
+        """Accuracy of each domain, and of base and novel classes their harmonic mean."""
+        accuracy = self._accuracies(self.test_confusion)
+        for name, value in accuracy.items():
+            self.log(f"test/acc_{name}", value)
+        if accuracy.keys() == {"base", "novel"}:
+            self.log("test/hm", harmonic_mean(accuracy["base"], accuracy["novel"]))
+        self._eval_classes = None
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        probability = self(batch["image"]).softmax(-1)
+        return {"index": batch["index"], "probability": probability, "prediction": probability.argmax(-1)}
+
+    def on_predict_end(self) -> None:
+        self._eval_classes = None
+
+    # ------------------------------------------------------------------ optimisation, checkpoints
+
+    def configure_optimizers(self) -> Any:
+        h = self.hparams
+        groups = parameter_groups(self, weight_decay=h["weight_decay"])
+        if not any(group["params"] for group in groups):
+            return None
+        optimizer = torch.optim.SGD(groups, lr=h["lr"], momentum=h["momentum"])
+        epochs, warmup = max(self.trainer.max_epochs or 1, 1), h["warmup_epochs"]
+
+        def factor(epoch: int) -> float:
+            if epoch < warmup:
+                return min(_WARMUP_LR / h["lr"], 1.0) if h["lr"] else 1.0
+            return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["clip"] = self._fingerprint()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("clip", self._fingerprint()) != self._fingerprint():
+            raise ValueError(
+                "the checkpoint was trained on another CLIP than this one: give the same --model.clip and "
+                "--model.pretrained"
+            )
+        match_optimizer_groups(self, checkpoint)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        clip_groups(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
+def _without_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Only what is trained is kept in checkpoints."""
+    for key in [k for k in state if k.removeprefix(prefix).split(".")[0] in _FROZEN]:
+        del state[key]
+
+
+def _with_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before loading: the frozen weights are those that are here."""
+    for name in _FROZEN:
+        state.update(module.get_submodule(name).state_dict(prefix=f"{prefix}{name}."))

@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from callbacks.perturbation import Perturbation
 from datamodules.images import ImageDataModule, ImageSet
 from recipes.__main__ import read_cards
 from recipes._cli import HOME
+from recipes.clip import towers
 
 CLASSES, SIDE, BATCH, STEPS = 3, 32, 4, 3
 
@@ -37,6 +40,22 @@ RECIPES: dict[str, dict[str, Any]] = {
         **{"layers": 3, "text_layers": 1, "context_length": 8, "lr": 1e-3},
     },
 }
+#: For recipes on a frozen CLIP: made once for each process, deleted when it ends.
+_FOLDER = tempfile.TemporaryDirectory(prefix="clip-")
+
+
+def small_clip() -> str:
+    """A file with a small random CLIP that knows three words."""
+    file = Path(_FOLDER.name) / "small.safetensors"
+    if not file.is_file():
+        vision = {"layers": 3, "width": 32, "head_width": 8, "patch_size": 8, "image_size": SIDE}
+        text = {"context_length": 8, "vocab_size": 7, "width": 16, "heads": 2, "layers": 2}
+        config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+        torch.manual_seed(0)
+        towers.save_small(file, towers.small(config), config, ["red", "green", "blue"])
+    return str(file)
+
+
 #: In which precision two ranks are compared with one process, if not in float32. The bias of attention's keys has no
 #: gradient but for rounding, and Adam divides that by itself.
 PRECISION: dict[str, Any] = {"clip": "64-true"}
@@ -51,6 +70,16 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 ON: dict[tuple[str, str], dict[str, Any]] = {("clip", "FreeLB"): {"layer": "transformer.resblocks.0"}}
 #: (recipe, technique) that don't go together, and a part of what the technique then says (a ValueError).
 APART: dict[tuple[str, str], str] = {("classifier", "NeedsAttention"): "no attention"}
+
+RECIPES["coprompt"] = {
+    "clip": small_clip(),
+    **{"n_ctx": 2, "depth": 3, "ctx_init": "red green", "lr": 0.05, "warmup_epochs": 0},
+    **{"class_names": ("red", "green", "blue"), "class_texts": ("red", "green", "blue")},
+    "class_sentences": {c: (f"{c} {c}", f"{c} red") for c in ("red", "green", "blue")},
+    **{"domain_names": ("base", "novel"), "domain_classes": ((0, 1), (2,))},
+}
+for _technique in ("FreeLB",):
+    ON["coprompt", _technique] = ON["clip", _technique]
 
 _SMALL: dict[str, Any] = {
     "backbone": "resnet10t",
@@ -152,8 +181,19 @@ class CaptionedSet(ImageSet):
         return {**batch, "text": [("red", "green", "blue", "red green", "blue red")[c] for c in batch["concept"]]}
 
 
+class Divided(Images):
+    """The same, two classes base and one novel; training has the base classes alone."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for part, images in self._sets.items():
+            label = images.entries["label"]
+            images.entries["label"] = label = label % 2 if part == "train" else label
+            images.entries["domain"] = (label == 2).long()
+
+
 #: The DataModule's class of recipes that aren't trained on labelled images, by name of the recipe.
-DATA: dict[str, type[LightningDataModule]] = {"clip": Captioned}
+DATA: dict[str, type[LightningDataModule]] = {"clip": Captioned, "coprompt": Divided}
 
 
 def trainer(*callbacks: Any, **options: Any) -> Trainer:
