@@ -28,6 +28,8 @@ class Report(Callback):
     * ``curves.png``: losses and metrics as last logged in each epoch (a loss logged at each step: its last batch's).
     * ``test.png``: accuracy of each domain and the confusion matrix, of a module that after testing has ``confusion``:
       counts (domains, classes, classes) with true classes in rows.
+    * ``mistakes.png``: of a module that after testing has ``mistakes``, the image of each class of which it was most
+      confidently wrong (those of the first rank).
 
     Args:
         images: how many images of the first batch are drawn.
@@ -86,6 +88,10 @@ class Report(Callback):
         if _wanted(trainer) and isinstance(confusion, Tensor) and confusion.dim() == 3 and bool(confusion.sum() > 0):
             names = [list(getattr(pl_module, name, [])) for name in ("domain_names", "class_names")]
             self._save(trainer, "test", draw_test(confusion.cpu(), *names))
+
+        mistakes = getattr(pl_module, "mistakes", None)
+        if _wanted(trainer) and mistakes:
+            self._save(trainer, "mistakes", draw_mistakes(mistakes, list(getattr(pl_module, "class_names", []))))
 
     def _save(self, trainer: Trainer, name: str, figure: Figure) -> None:
         file = Path(trainer.default_root_dir) / "plots" / f"{name}.png"
@@ -152,8 +158,10 @@ def draw_inputs(clean: Tensor, seen: Tensor, titles: list[str]) -> Figure:
 
 
 def draw_curves(history: dict[str, list[list[float]]]) -> Figure:
-    """Losses on the left, all else on the right, over the epochs."""
-    groups = [{n: h for n, h in history.items() if ("loss" in n) == loss} for loss in (True, False)]
+    """Losses on the left, cosines to a teacher on the right, all else between, over the epochs."""
+    groups: list[dict[str, list[list[float]]]] = [{}, {}, {}]
+    for name, points in history.items():
+        groups[0 if "loss" in name else 2 if "/cos_" in name else 1][name] = points
     groups = [group for group in groups if group]
     figure = _figure(4.6 * len(groups), 3.4)
     for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
@@ -165,6 +173,32 @@ def draw_curves(history: dict[str, list[list[float]]]) -> Figure:
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("as last logged in each epoch", fontsize=9)
+    return figure
+
+
+def draw_mistakes(mistakes: dict[int, tuple[float, int, Tensor]], classes: list[str]) -> Figure:
+    """An image of each class with the class that it was taken for and how surely, the surest first; at most 32.
+
+    Args:
+        mistakes: true class to (confidence, predicted class, image (C, H, W)).
+        classes: their names.
+    """
+    chosen = sorted(mistakes.items(), key=lambda item: -item[1][0])[:32]
+    columns = min(len(chosen), 8)
+    rows = math.ceil(len(chosen) / columns)
+    figure = _figure(1.35 * columns, 1.75 * rows + 0.3)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+
+    def name(label: int) -> str:
+        known = classes[label] if label < len(classes) else str(label)
+        return known if len(known) <= LETTERS else known[: LETTERS - 1] + "…"
+
+    for axis, (label, (sure, predicted, image)) in zip(axes.flat, chosen, strict=False):
+        axis.imshow(_shown(image[None])[0].numpy(), interpolation="nearest")
+        axis.set_title(f"{name(label)}\n→ {name(predicted)} {sure:.2f}", fontsize=7)
+    figure.suptitle("most confident mistake of each class: true → predicted, confidence", fontsize=9)
     return figure
 
 

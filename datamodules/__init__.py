@@ -2,6 +2,24 @@
 
 from datamodules.captions import EmojiCaptions
 from datamodules.cifar import CIFAR10, CIFAR100, SVHN
+from datamodules.clip_benchmarks import (
+    DTD,
+    SUN397,
+    UCF101,
+    Caltech101,
+    EmojiFewShot,
+    EuroSAT,
+    FewShotImageNet,
+    FGVCAircraft,
+    Flowers102,
+    Food101,
+    ImageNetA,
+    ImageNetR,
+    ImageNetSketch,
+    ImageNetV2,
+    OxfordPets,
+    StanfordCars,
+)
 from datamodules.corruptions import CIFAR10C, CIFAR100C, ImageNetC
 from datamodules.digits import Digits
 from datamodules.domains import PACS, VLCS, DigitsDG, DomainNet, MiniDomainNet, OfficeHome
@@ -12,24 +30,40 @@ from datamodules.retrieval import MSMT17, Market1501
 
 __all__ = [
     "CIFAR10",
-    "CIFAR10C",
     "CIFAR100",
     "CIFAR100C",
+    "CIFAR10C",
+    "DTD",
     "MSMT17",
     "PACS",
+    "SUN397",
     "SVHN",
+    "UCF101",
     "VLCS",
+    "Caltech101",
     "Digits",
     "DigitsDG",
     "DomainNet",
     "EmojiCaptions",
     "EmojiDomains",
+    "EmojiFewShot",
     "EmojiRetrieval",
+    "EuroSAT",
+    "FGVCAircraft",
     "FashionMNIST",
+    "FewShotImageNet",
+    "Flowers102",
+    "Food101",
     "ImageNet",
+    "ImageNetA",
     "ImageNetC",
+    "ImageNetR",
+    "ImageNetSketch",
+    "ImageNetV2",
     "Market1501",
     "MiniDomainNet",
     "OfficeHome",
+    "OxfordPets",
+    "StanfordCars",
     "TinyImageNet",
 ]

@@ -54,7 +54,7 @@ TRAINER = {
     "use_distributed_sampler": False,  # the samplers are ours, cut by rank
 }
 #: Keys of a run's settings that belong to that one call and not to its checkpoint.
-_OF_THE_CALL = ("config", "ckpt_path", "images", "return_predictions", "verbose", "weights_only")
+_OF_THE_CALL = ("config", "ckpt_path", "images", "classes", "return_predictions", "verbose", "weights_only")
 
 
 def import_plugs() -> None:
@@ -219,6 +219,12 @@ class RecipeCLI(LightningCLI):
                 default=None,
                 help="a folder of images and its subfolders, in place of the test data; writes predictions.csv",
             )
+            parser.add_argument(
+                "--classes",
+                type=str | None,
+                default=None,
+                help="names with commas, of recipes that take any: tells these classes apart; writes ranking.csv",
+            )
         if self._verb != "fit":
             return
         parser.add_argument("--test_after_fit", type=bool, default=True, help="test with the last weights")
@@ -344,6 +350,15 @@ class RecipeCLI(LightningCLI):
             if not hasattr(self.datamodule, "predict_folder"):
                 raise ValueError(f"{type(self.datamodule).__name__} can't read a folder of images: leave --images out")
             self.datamodule.predict_folder = Path(folder).expanduser()
+        classes = self.config_init[self._verb]["classes"]
+        if classes is not None:
+            if not hasattr(self.model, "set_classes"):
+                name = type(self.model).__name__
+                raise ValueError(f"{name} knows the classes it was trained on: leave --classes out")
+            names = [name.strip() for name in classes.split(",") if name.strip()]
+            if len(names) < 2:
+                raise ValueError(f"--classes takes at least two names with commas between, not '{classes}'")
+            self.model.set_classes(names)
         arguments["return_predictions"] = True
         found = self.trainer.predict(**self._evaluated(arguments))
         if found and not run.temporary:
@@ -354,6 +369,10 @@ class RecipeCLI(LightningCLI):
                 torch.save(_join(found), file)
             else:
                 write_predictions(file, self.datamodule.files_to_predict(), _join(found), self.model)
+                if classes is not None:
+                    ranked = run.folder / f"ranking{part}.csv"
+                    write_ranking(ranked, self.datamodule.files_to_predict(), _join(found), self.model)
+                    log.info(f"ranking: {run.folder / 'ranking-*.csv' if part else ranked}")
             log.info(f"predictions: {run.folder / f'predictions-*.{kind}' if part else file}")
 
     def _headline(self) -> str:
@@ -402,6 +421,17 @@ def write_predictions(file: Path, images: list[Path], found: Any, model: Any) ->
             name = names[answer] if answer < len(names) else str(answer)
             row = [str(images[index]), name, f"{float(found['probability'][i, answer]):.4f}"]
             rows.writerow([*row, *(["yes" if found["holds"][i] else "no"] if "holds" in found else [])])
+
+
+def write_ranking(file: Path, images: list[Path], found: Any, model: Any) -> None:
+    """A table: file, rank, class, confidence; all classes of each image, the most likely first."""
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        rows = csv.writer(opened)
+        rows.writerow(["file", "rank", "class", "confidence"])
+        for index, shares in zip(found["index"].tolist(), found["probability"], strict=True):
+            order = shares.argsort(descending=True).tolist()
+            for rank_, answer in enumerate(order, 1):
+                rows.writerow([str(images[index]), rank_, model.class_names[answer], f"{float(shares[answer]):.4f}"])
 
 
 def execute(model: str, name: str, verb: str, argv: list[str], *, debug: bool = False) -> int:

@@ -129,7 +129,7 @@ def source_version() -> str:
     digest = hashlib.sha256()
     for package in ("callbacks", "configs", "datamodules", "recipes"):
         for file in sorted((HOME / package).rglob("*")):
-            if file.suffix in (".py", ".yaml", ".npz") and not _UNRELATED.fullmatch(file.name):
+            if file.suffix in (".py", ".yaml", ".npz", ".safetensors") and not _UNRELATED.fullmatch(file.name):
                 digest.update(f"{file.relative_to(HOME)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -267,14 +267,15 @@ class CoPrompt(LightningModule):
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
             raise ValueError(f"classes must differ, but '{twice}' is there twice")
-        self.class_names, self.class_texts = names, list(texts) or [name.replace("_", " ") for name in names]
-        self.template: str = template or getattr(self, "template", None) or "a photo of a {}."
-        if "{}" not in self.template:
-            raise ValueError(f"the template must have a place {{}} for the class, but is '{self.template}'")
-        plain = [self.template.format(text) for text in self.class_texts]
-        self.class_sentences = [list((sentences or {}).get(n) or [p]) for n, p in zip(names, plain, strict=True)]
-        if len({len(lines) for lines in self.class_sentences}) > 1:
+        known = template or getattr(self, "template", None) or "a photo of a {}."
+        if "{}" not in known:
+            raise ValueError(f"the template must have a place {{}} for the class, but is '{known}'")
+        called = list(texts) or [name.replace("_", " ") for name in names]
+        plain = [known.format(text) for text in called]
+        about = [list((sentences or {}).get(n) or [p]) for n, p in zip(names, plain, strict=True)]
+        if len({len(lines) for lines in about}) > 1:
             raise ValueError("each class needs the same number of sentences")
+        self.class_names, self.class_texts, self.template, self.class_sentences = names, called, known, about
         self.domain_names = list(domain_names) or ["all"]
         self.domain_classes = [list(c) for c in domain_classes] or [list(range(len(names)))] * len(self.domain_names)
         allowed = torch.zeros(len(self.domain_names), len(names), dtype=torch.bool)
@@ -326,12 +327,18 @@ class CoPrompt(LightningModule):
     def setup(self, stage: str) -> None:
         if len(self.class_texts) < 2:
             raise ValueError("the model needs at least two classes: use a DataModule that has class_names")
+        data: Any = getattr(self.trainer, "datamodule", None)
+        given = getattr(data, "image_size", self._image_size)
+        if given != self._image_size:
+            raise ValueError(
+                f"images are {given} pixels high, but this CLIP takes {self._image_size}: --data.image_size "
+                f"{self._image_size}"
+            )
         if stage == "fit" and self.trainer.max_epochs != 0 and not any(p.requires_grad for p in self.parameters()):
             raise ValueError(
                 f"{self.technique} has nothing to train: use the verb test, or fit with --trainer.max_epochs 0"
             )
         compared, other_view = self._needs()
-        data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and other_view and hasattr(data, "views"):
             data.views = 2
         ensemble = self.technique == "zero_shot_ensemble"
@@ -449,8 +456,9 @@ class CoPrompt(LightningModule):
         ensemble = F.normalize(bank[:, base].mean(0), dim=-1)
         found["image"] = _SRC[0] * F.l1_loss(image, taught)
         found["text"] = _SRC[1] * F.l1_loss(classes, ensemble)
-        apart = F.kl_div(logits.log_softmax(-1), self._logits(taught, ensemble).log_softmax(-1), log_target=True)
-        found["logits"] = _SRC[2] * apart
+        wanted = self._logits(taught, ensemble).log_softmax(-1)
+        apart = F.kl_div(logits.log_softmax(-1), wanted, reduction="sum", log_target=True)
+        found["logits"] = _SRC[2] * apart / logits.numel()
         return found
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
