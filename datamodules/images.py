@@ -244,7 +244,7 @@ class Augmentation:
         self.seed, self.size, self.flip, self.translate, self.transform = seed, size, flip, translate, transform
         self._tables: dict[tuple[int, int], Tensor] = {}
 
-    def _draws(self, epoch: int, index: Tensor, view: int) -> Tensor:
+    def _draws(self, epoch: int, index: Tensor, view: int = 0) -> Tensor:
         """Uniform numbers of these examples in this epoch, (B, 5): a row of a table that is made once an epoch."""
         if (epoch, view) not in self._tables:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + 500_009 * (1 + view))

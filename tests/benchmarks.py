@@ -39,6 +39,7 @@ from recipes._progress import Progress
 from recipes._run import quiet
 from recipes.adversarial_training import AdversarialTrainer
 from recipes.classifier import Classifier
+from recipes.coprompt import CoPrompt
 
 # ---------------------------------------------------------------------- what is measured on
 
@@ -430,22 +431,94 @@ def adversarial_table(batch: int, steps: int, nets: Sequence[str]) -> None:
             print(f"| {case.name}, {net} | {cells} |", flush=True)
 
 
+# ---------------------------------------------------------------------- prompts
+
+
+def prompter(clip: str, classes: int, technique: str) -> CoPrompt:
+    torch.manual_seed(0)  # open_clip draws random weights
+    names = [f"class {i}" for i in range(classes)]
+    depth = 3 if clip == "emoji" else 9
+    return CoPrompt(clip, technique=technique, class_names=names, depth=depth)  # type: ignore[arg-type]
+
+
+def prompt_ratios(clip: str, classes: int, batch: int, steps: int) -> tuple[list[float], list[float], float, float]:
+    """CoPrompt's step over MaPLe's and one teacher's forward pass, the same over MaPLe's alone, and memory in CLIPs.
+
+    Returns:
+        Both ratios of each pair of steps; all weights, and the peak of a step with them, as multiples of the CLIP's.
+    """
+    module, maple = (prompter(clip, classes, technique) for technique in ("coprompt", "maple"))
+    side = module.example_input_array.shape[-1]  # type: ignore[union-attr]
+    image, view = (torch.rand(batch, 3, side, side) for _ in range(2))
+    data = {"image": image, "view": view, "label": torch.arange(batch) % classes}
+    module._sentences()
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in (module, maple)]
+
+    def taught() -> None:
+        module._taught = None
+        module.teacher_features(view)
+        module._taught = None
+
+    def step_of(network: CoPrompt, optimizer: torch.optim.Optimizer) -> None:
+        plain_step(network, optimizer, data)
+        network._taught = None
+
+    runs: list[Callable[[], None]] = [
+        lambda: step_of(module, optimizers[0]),
+        lambda: step_of(maple, optimizers[1]),
+        taught,
+    ]
+    over_both, over_maple = [], []
+    for i in range(steps + 1):
+        times = []
+        for run in runs:
+            begun = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begun)
+        if i:
+            over_both.append(times[0] / (times[1] + times[2]))
+            over_maple.append(times[0] / times[1])
+    own = sum(p.nbytes for p in module.clip.parameters())
+    weights = sum(p.nbytes for p in module.parameters())
+    peak = Peak()
+    peak.start()
+    runs[0]()
+    return over_both, over_maple, weights / own, (weights + peak.stop()) / own
+
+
+def prompt_table(batch: int, steps: int, clips: Sequence[tuple[str, int]]) -> None:
+    print("\n| CoPrompt's step | over MaPLe's and a teacher's pass | over MaPLe's | weights / CLIP's | peak / CLIP's |")
+    print("| -- | -- | -- | -- | -- |")
+    for clip, classes in clips:
+        both, maple, weights, peak = prompt_ratios(clip, classes, batch, steps)
+        cells = f"{shown(both)} | {shown(maple)} | {weights:.2f} | {peak:.2f}"
+        print(f"| {clip}, {classes} classes | {cells} |", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small network and few steps, to see that it works")
     parser.add_argument("--steps", type=int, default=30, help="pairs of steps for each row")
-    parser.add_argument("--part", choices=("all", "loop", "adversarial"), default="all", help="which of the tables")
+    parser.add_argument("--part", choices=("all", "loop", "adversarial", "prompts"), default="all", help="which of the tables")
     args = parser.parse_args(argv)
     net, batch, size, n = ("resnet10t", 8, 32, 3) if args.quick else ("resnet18", 64, 64, args.steps)
     where = f"{net}, batch {batch}, {size}x{size}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    if args.part != "adversarial":
+    if args.part in ("all", "loop"):
         style_table(where, net, batch, size, n)
-    if args.part != "loop":
+    if args.part in ("all", "adversarial"):
         nets, batch, n = (("cnn4",), 8, 2) if args.quick else (("cnn4", "resnet18"), 64, max(n // 2, 3))
         where = f"batch {batch}, 32x32, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
         print(f"\n{where}; median (quartiles) of {n} pairs")
         with quiet():
             adversarial_table(batch, n, nets)
+    if args.part in ("all", "prompts"):
+        clips = [("emoji", 9)] if args.quick else [("emoji", 9), ("ViT-B-16", 10), ("ViT-B-16", 50)]
+        n = 2 if args.quick else max(args.steps // 3, 3)
+        where = f"batch 4, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+        print(f"\n{where}; median (quartiles) of {n} pairs")
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            os.environ["XDG_CACHE_HOME"] = folder  # sentences of random weights aren't worth keeping
+            prompt_table(4, n, clips)
     return 0
 
 

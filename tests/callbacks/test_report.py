@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from callbacks.perturbation import Batch, Perturbation
-from callbacks.report import Report, _titles, draw_curves, draw_inputs, draw_test
+from callbacks.report import Report, _titles, draw_curves, draw_inputs, draw_mistakes, draw_test
 from callbacks.style import DSU
 from tests.laws import cells
 
@@ -171,3 +171,19 @@ def test_a_batch_without_images_draws_none(tmp_path: Path) -> None:
 def test_settings() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Report(images=0)
+
+
+@pytest.mark.parametrize("count", [1, 9, 40])
+def test_mistakes_are_drawn_the_surest_first(count: int, tmp_path: Path) -> None:
+    mistakes = {i: (0.5 + i / 100, 0, torch.rand(3 if i % 2 else 1, 8, 8)) for i in range(count)}
+    figure = draw_mistakes(mistakes, ["a class with a very long name"])
+    figure.savefig(tmp_path / "mistakes.png")
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert len(titles) == min(count, 32) and titles[0].endswith(f"{0.5 + (count - 1) / 100:.2f}")
+    assert all("→ a class with a v…" in title for title in titles)
+
+
+def test_cosines_have_a_panel_of_their_own() -> None:
+    history = {n: [[1.0, 0.5], [2.0, 0.6]] for n in ("train/loss", "val/acc", "val/cos_text_novel")}
+    panels = [[line.get_label() for line in axis.get_lines()] for axis in draw_curves(history).axes]
+    assert panels == [["train/loss"], ["val/acc"], ["val/cos_text_novel"]]

@@ -16,6 +16,7 @@ from PIL import Image
 from datamodules import clip_benchmarks as benchmarks
 from datamodules.clip_benchmarks import (
     DTD,
+    EmojiFewShot,
     EuroSAT,
     FewShotImageNet,
     FGVCAircraft,
@@ -204,3 +205,34 @@ def test_settings_out_of_range(settings: dict[str, Any], words: str, tmp_path: P
     tree(tmp_path)
     with pytest.raises(ValueError, match=words):
         EuroSAT(str(tmp_path), **{**SMALL, **settings})
+
+
+# ---------------------------------------------------------------------- embedded
+
+
+def test_emoji_follow_the_protocol() -> None:
+    data = EmojiFewShot(shots=5, seed=1)
+    assert data.domain_classes == [list(range(9)), list(range(9, 17))] and data.domain_names == ["base", "novel"]
+    train, val, test = (data.part(part) for part in ("train", "val", "test"))
+    assert torch.bincount(train.entries["label"]).tolist() == [5] * 9
+    assert max(torch.bincount(val.entries["label"]).tolist()) == 4 and set(val.entries["domain"].tolist()) == {0, 1}
+    assert len(test) == 129 * 5 and set(test.entries["label"].tolist()) == set(range(17))
+    assert ((test.entries["label"] >= 9).long() == test.entries["domain"]).all()
+    other = EmojiFewShot(shots=5, seed=2).part("train")
+    assert not torch.equal(other.images[:5], train.images[:5]), "another seed draws other shots"
+    again = EmojiFewShot(shots=5, seed=1, protocol="all").part("train")
+    of_base = again.entries["label"] < 9
+    assert torch.equal(again.images[of_base], train.images), "base classes get the same shots in both protocols"
+    assert {len(lines) for lines in data.class_sentences.values()} == {16}
+
+
+def test_no_test_concept_is_trained_on() -> None:
+    data = EmojiFewShot(shots=0)
+    seen = {image.numpy().tobytes() for image in data.part("train").images}
+    assert not any(image.numpy().tobytes() in seen for image in data.part("test").images)
+
+
+@pytest.mark.parametrize(("settings", "words"), [({"shots": -1}, "shots"), ({"protocol": "some"}, "protocol must be")])
+def test_bad_settings_of_emoji_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        EmojiFewShot(**settings)

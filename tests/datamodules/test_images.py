@@ -224,3 +224,31 @@ def test_the_run_seed_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)
         orders.append([b["index"].tolist() for b in Free().train_dataloader()])
     assert orders[0] == orders[2] != orders[1]
+
+
+def test_a_second_view_is_another_draw_of_the_same_transform() -> None:
+    """The first view is the same with and without it; both are functions of (seed, epoch, index)."""
+
+    class Squares(ImageDataModule):
+        def load(self, part: str) -> ImageSet:  # type: ignore[override]
+            images = torch.arange(64 * 3 * 8 * 8, dtype=torch.int64).remainder(251).to(torch.uint8).view(64, 3, 8, 8)
+            return ImageSet(images, {"label": torch.zeros(64, dtype=torch.int64), "domain": torch.zeros(64).long()})
+
+    def batches(views: int) -> list[Any]:
+        data = Squares(batch_size=16, seed=3, translate=0.25)
+        data.views = views
+        return list(data.train_dataloader())
+
+    one, two, again = batches(1), batches(2), batches(2)
+    differ = 0
+    for a, b, c in zip(one, two, again, strict=True):
+        assert "view" not in a and torch.equal(a["image"], b["image"])
+        assert torch.equal(b["view"], c["view"]) and b["view"].shape == b["image"].shape
+        differ += int((b["view"] != b["image"]).flatten(1).any(1).sum())
+        for image, view in zip(b["image"], b["view"], strict=True):  # of the same image: its pixels are all from it
+            assert set((255 * view).round().int().flatten().tolist()) <= set(range(251))
+            assert image.shape == view.shape
+    assert differ > 40, "flips and shifts are drawn independently"
+    data = Squares(batch_size=16, seed=3)
+    data.views = 2
+    assert "view" not in next(iter(data.val_dataloader()))
