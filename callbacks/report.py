@@ -210,12 +210,15 @@ def draw_test(confusion: Tensor, domains: list[str], classes: list[str]) -> Figu
     accuracy = {
         name: float(c.diagonal().sum() / c.sum()) for name, c in zip(names, confusion, strict=True) if bool(c.sum() > 0)
     }
+    if accuracy.keys() == {"base", "novel"}:
+        base, novel = accuracy["base"], accuracy["novel"]
+        accuracy["harmonic mean"] = 2 * base * novel / max(base + novel, 1e-12)
     side = min(max(4.0, 0.27 * count + 1.6), 9.0)
     figure = _figure(4.4 + side, side)
     left, right = figure.subplots(1, 2, width_ratios=(4.0, side))
     bars = left.barh(list(accuracy), list(accuracy.values()), color="C0", height=0.6)
     left.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
-    left.invert_yaxis()
+    left.set_ylim(max(len(accuracy), 5) - 0.4, -0.6)  # few bars needn't be thick
     left.set_xlim(0, max(accuracy.values()) * 1.25 + 1e-3)
     left.set_title("accuracy by domain", fontsize=10)
     left.spines[["top", "right"]].set_visible(False)

@@ -171,7 +171,8 @@ def plot(
 ) -> None:
     """Left: every seed of every arm, seeds joined by lines. Then: the differences of the seeds and their intervals.
 
-    Right, where there are other metrics: the metric against the first of them, mean and standard deviation.
+    Right, where there are other metrics: the metric against the first of them, mean and standard deviation; where there
+    are several in the same unit, bars of all of them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -203,7 +204,10 @@ def plot(
     right.set_yticks(range(len(differences)), [f"{d.arm} over {d.over}" for d in reversed(differences)])
     right.set_xlabel(f"gain in {claim.metric}" + (" (smaller is better)" if claim.direction == "min" else ""))
     right.set_title("gain: mean and 95 % interval; below it the single seeds", fontsize=10)
-    for axis, (metric, values) in zip(more, (also or {}).items(), strict=False):
+    several = also is not None and len(also) > 1 and "seconds" not in also
+    if also and several:
+        _bars(more[0], arms, claim.seeds, {**also, claim.metric: results})
+    for axis, (metric, values) in zip([] if several else more, (also or {}).items(), strict=False):
         for arm in arms:
             x, y = (mean_and_sd([each[arm][seed] for seed in claim.seeds]) for each in (values, results))
             axis.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], fmt="o", markersize=4, capsize=2)
@@ -217,6 +221,19 @@ def plot(
     figure.suptitle(f"{claim.name}: {differences[0].verdict}", fontsize=12)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
+
+
+def _bars(axis: Any, arms: Sequence[str], seeds: Sequence[int], metrics: dict[str, Results]) -> None:
+    """Means of all metrics side by side for each arm, with standard deviations."""
+    width = 0.8 / len(metrics)
+    for number, (metric, values) in enumerate(metrics.items()):
+        pairs = [mean_and_sd([values[arm][seed] for seed in seeds]) for arm in arms]
+        places = [i + (number - (len(metrics) - 1) / 2) * width for i in range(len(arms))]
+        means, deviations = zip(*pairs, strict=True)
+        axis.bar(places, means, width, yerr=deviations, label=metric, error_kw={"linewidth": 0.8})
+    axis.set_xticks(range(len(arms)), arms, rotation=25, ha="right")
+    axis.legend(frameon=False, fontsize=8, ncols=len(metrics), loc="lower center", bbox_to_anchor=(0.5, 1.06))
+    axis.set_title("mean and standard deviation", fontsize=10)
 
 
 def summary(results: Sequence[dict[str, Any]]) -> str:

@@ -499,7 +499,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small network and few steps, to see that it works")
     parser.add_argument("--steps", type=int, default=30, help="pairs of steps for each row")
-    parser.add_argument("--part", choices=("all", "loop", "adversarial", "prompts"), default="all", help="which of the tables")
+    parts = ("all", "loop", "adversarial", "prompts")
+    parser.add_argument("--part", choices=parts, default="all", help="which of the tables")
     args = parser.parse_args(argv)
     net, batch, size, n = ("resnet10t", 8, 32, 3) if args.quick else ("resnet18", 64, 64, args.steps)
     where = f"{net}, batch {batch}, {size}x{size}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"

@@ -51,6 +51,8 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, concept: Tensor
 class Contrastive(LightningModule):
     """Trains both towers of a small CLIP; writes ``clip.safetensors`` beside the checkpoints at the end.
 
+    That holds the weights of ``best.ckpt``: of the epoch with the best zero-shot accuracy on validation concepts.
+
     Args:
         vocabulary: the words it knows; from the data.
         class_texts: what the classes are called in a text; from the data.
@@ -196,9 +198,16 @@ class Contrastive(LightningModule):
         self._classes = None
 
     def on_fit_end(self) -> None:
-        folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
-        if folder is not None and self.trainer.is_global_zero:
-            save_small(Path(folder) / "clip.safetensors", self.clip, self.config, self.tokenize.vocabulary)
+        saver: Any = self.trainer.checkpoint_callback
+        folder = getattr(saver, "dirpath", None)
+        if folder is None or not self.trainer.is_global_zero:
+            return
+        clip, best = self.clip, getattr(saver, "best_model_path", "")
+        if best and Path(best).is_file():
+            state = torch.load(best, weights_only=True, map_location="cpu")["state_dict"]
+            clip = small(self.config)
+            clip.load_state_dict({n.removeprefix("clip."): v for n, v in state.items() if n.startswith("clip.")})
+        save_small(Path(folder) / "clip.safetensors", clip, self.config, self.tokenize.vocabulary)
 
     # ------------------------------------------------------------------ optimisation
 

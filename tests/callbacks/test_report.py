@@ -180,7 +180,7 @@ def test_mistakes_are_drawn_the_surest_first(count: int, tmp_path: Path) -> None
     figure.savefig(tmp_path / "mistakes.png")
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert len(titles) == min(count, 32) and titles[0].endswith(f"{0.5 + (count - 1) / 100:.2f}")
-    assert all("→ a class with a v…" in title for title in titles)
+    assert all("→ a class with a …" in title for title in titles)
 
 
 def test_cosines_have_a_panel_of_their_own() -> None:

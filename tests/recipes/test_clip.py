@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from open_clip.loss import ClipLoss
 from PIL import Image
 from torch import Tensor
 
+from datamodules.captions import EmojiCaptions
 from datamodules.emoji import CLASSES
 from recipes._cli import run
 from recipes.clip import towers
@@ -171,6 +174,9 @@ def test_a_saved_clip_is_the_same_but_for_half_precision(tmp_path: Path) -> None
     clip = tiny("small").half().float()
     towers.save_small(tmp_path / "a" / "clip.safetensors", clip, CONFIG, vocabulary)
     loaded = towers.load(str(tmp_path / "a" / "clip.safetensors"))
+    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    for name, value in loaded.clip.state_dict().items():  # of the epoch that validated best
+        torch.testing.assert_close(value, best[f"clip.{name}"], rtol=1e-3, atol=1e-5)
     assert loaded.image_size == 32 and towers.fingerprint(loaded.clip) == towers.fingerprint(clip)
     assert loaded.tokenize(["w3 w35"]).tolist() == [[2, 6, 38, 39, *[0] * 8]]
     assert torch.equal(loaded.clip.eval().encode_text(TOKENS), clip.encode_text(TOKENS))
@@ -229,6 +235,9 @@ def test_the_command_writes_a_clip_that_loads(tmp_path: Path) -> None:
     assert run("recipes.clip.module.Contrastive", "clip", ["fit", *SMALL, *root]) == 0
     (folder,) = (tmp_path / "clip").iterdir()
     loaded = towers.load(str(folder / "checkpoints" / "clip.safetensors"))
+    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    for name, value in loaded.clip.state_dict().items():  # of the epoch that validated best
+        torch.testing.assert_close(value, best[f"clip.{name}"], rtol=1e-3, atol=1e-5)
     assert loaded.image_size == 32 and loaded.tokenize(["a photo of a bird."]).shape == (1, 24)
     with (folder / "metrics.csv").open(newline="") as opened:
         values = {k: v for row in csv.DictReader(opened) for k, v in row.items() if v}
@@ -242,3 +251,28 @@ def test_the_command_writes_a_clip_that_loads(tmp_path: Path) -> None:
     (table,) = tmp_path.glob("clip/*/predictions.csv")
     rows = list(csv.DictReader(table.open(newline="")))
     assert len(rows) == 1 and rows[0]["file"].endswith("a.png") and rows[0]["class"] in CLASSES
+
+
+# ---------------------------------------------------------------------- the one that comes with the project
+
+
+def test_the_embedded_clip_is_the_one_its_readme_speaks_of() -> None:
+    folder = towers.EMOJI.parent
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split()
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
+    assert towers.EMOJI.stat().st_size < 4e6
+    loaded = towers.load("emoji")
+    data = EmojiCaptions()
+    part = data.part("test")
+    images = part.images.float() / 255
+    tokens = loaded.tokenize([data.template.format(text) for text in data.class_texts])
+    clip = loaded.clip.eval()
+    with torch.no_grad():
+        classes = clip.encode_text(tokens, normalize=True)
+        predicted = (clip.encode_image((images - 0.5) / 0.5, normalize=True) @ classes.T).argmax(-1)
+    right = (predicted == part.entries["label"]).float()
+    styles = [float(right[part.entries["domain"] == i].mean()) for i in range(5)]
+    told = re.search(r"mean of the five styles: (0\.\d+)", (folder / "README.md").read_text())
+    assert told and float(told[1]) == pytest.approx(sum(styles) / 5, abs=5e-4)
+    assert float(told[1]) >= 0.45

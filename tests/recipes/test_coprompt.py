@@ -221,7 +221,7 @@ def test_the_loss_is_the_papers(distill: str) -> None:
 
 def test_promptsrc_has_its_three_terms() -> None:
     module, clip, given = make(technique="promptsrc"), untouched(), batch()
-    terms = {name: float(value) for name, value in module.terms(given).items()}
+    terms = {name: float(value.detach()) for name, value in module.terms(given).items()}
     image, text = module.image_features(given["image"]), module.class_features()[:2]
     taught = F.normalize(clip.encode_image((given["image"] - 0.5) / 0.5), dim=-1)
     lines = cells.RECIPES["coprompt"]["class_sentences"]
