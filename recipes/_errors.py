@@ -66,6 +66,10 @@ def is_bad_input(error: BaseException) -> bool:
 def describe(error: BaseException) -> tuple[str, list[str]]:
     """The line for an exception and the hints below it."""
     message, hints = one_line(error), []
+    if wrapped := re.search(rf"{_UNION}.*?Errors:\n\s+- (.*?)\n(?:\s+- |Given value)", str(error), re.S):
+        message = " ".join(wrapped[1].split())  # of a class's __init__; jsonargparse lists it among its own
+    if "Call to compute_fn of link" in message:
+        message = message.rpartition(" failed: ")[2]
     if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error):
         problems = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

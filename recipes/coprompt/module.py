@@ -512,15 +512,16 @@ class CoPrompt(LightningModule):
         """``val/acc`` of the classes trained on, that of the other domains, and cosines to the teacher."""
         accuracy = self._accuracies(self.val_confusion)
         first = self.domain_names[0]
-        self.log("val/acc", accuracy[first], prog_bar=True)
-        self.log_dict({f"val/acc_{name}": value for name, value in accuracy.items() if name != first})
+        self.log("val/acc", accuracy[first], prog_bar=True, sync_dist=True)
+        others = {f"val/acc_{name}": value for name, value in accuracy.items() if name != first}
+        self.log_dict(others, sync_dist=True)
         if self._eval_classes is not None:
             cosine = (self._eval_classes * self._taught_texts()).sum(-1)
             for name, members in zip(self.domain_names, self.domain_classes, strict=True):
-                self.log(f"val/cos_text_{name}", cosine[members].mean())
+                self.log(f"val/cos_text_{name}", cosine[members].mean(), sync_dist=True)
         for name in accuracy:
             mean = self.val_cosine[f"of_{name}"]
-            self.log(f"val/cos_image_{name}", mean.compute())  # type: ignore[operator]
+            self.log(f"val/cos_image_{name}", mean.compute(), sync_dist=True)  # type: ignore[operator]
             mean.reset()  # type: ignore[operator]
         self._eval_classes = None
 
@@ -551,9 +552,9 @@ class CoPrompt(LightningModule):
         """Accuracy of each domain, and of base and novel classes their harmonic mean."""
         accuracy = self._accuracies(self.test_confusion)
         for name, value in accuracy.items():
-            self.log(f"test/acc_{name}", value)
+            self.log(f"test/acc_{name}", value, sync_dist=True)
         if accuracy.keys() == {"base", "novel"}:
-            self.log("test/hm", harmonic_mean(accuracy["base"], accuracy["novel"]))
+            self.log("test/hm", harmonic_mean(accuracy["base"], accuracy["novel"]), sync_dist=True)
         self._eval_classes = None
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +221,10 @@ def test_the_loss_is_the_papers(distill: str) -> None:
     assert abs(found[0] - found[1]) > 1e-3
 
 
+@torch.no_grad()
 def test_promptsrc_has_its_three_terms() -> None:
     module, clip, given = make(technique="promptsrc"), untouched(), batch()
-    terms = {name: float(value.detach()) for name, value in module.terms(given).items()}
+    terms = {name: float(value) for name, value in module.terms(given).items()}
     image, text = module.image_features(given["image"]), module.class_features()[:2]
     taught = F.normalize(clip.encode_image((given["image"] - 0.5) / 0.5), dim=-1)
     lines = cells.RECIPES["coprompt"]["class_sentences"]
@@ -600,6 +603,29 @@ def test_classes_of_the_users_are_ranked(trained: Path, tmp_path: Path, capsys: 
     assert "at least two names" in capsys.readouterr().err
     assert run("recipes.classifier.module.Classifier", "classifier", ["predict", "--classes", "a,b", *words[3:]]) == 2
     assert "knows the classes it was trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "EuroSAT", "--data.root", "nowhere"], "error: nowhere is not there: EuroSAT expects 2750/<class>"),
+        (["--data", "Digits"], "error: the model needs 'class_texts', and Digits has no such attribute"),
+        (["--model.depth", "12"], "error: depth is 12, but the text tower has 3 blocks"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(MODEL, "coprompt", ["fit", *words, "--trainer.default_root_dir", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(said) and all(line.startswith("hint: ") for line in lines[1:]), lines
+
+
+def test_two_ranks_through_the_command(tmp_path: Path) -> None:
+    """Both read one bank of sentences, and count all test images once."""
+    words = [sys.executable, "-m", "recipes.coprompt", "fit", "--trainer.max_epochs", "1", "--data.shots", "2"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--wandb", "off"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "sync_dist" not in done.stderr and "test/hm" in done.stdout
 
 
 def test_sentences_of_the_users_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
