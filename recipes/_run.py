@@ -34,6 +34,8 @@ FOLDER_VARIABLE = "RECIPES_RUN_FOLDER"
 
 #: Warnings that say nothing a user of a recipe could act on.
 _NOISE = (
+    r"You are using a custom batch sampler",  # of prediction: ours leaves no image out
+    r"`LightningModule.configure_optimizers` returned `None`",  # of what has nothing to train, as was asked for
     r".*LeafSpec.*is deprecated",  # Lightning 2.6.6 on torch >= 2.9
     r".*does not have many workers",
     r".*LightningCLI's args parameter",

@@ -589,7 +589,9 @@ def test_classes_of_the_users_are_ranked(trained: Path, tmp_path: Path, capsys: 
     last = str(trained / "checkpoints" / "last.ckpt")
     words = ["predict", "--ckpt_path", last, "--images", str(tmp_path / "images"), "--wandb", "off"]
     words += ["--trainer.default_root_dir", str(tmp_path)]
+    capsys.readouterr()
     assert run(MODEL, "coprompt", [*words, "--classes", "dog, smiling face,car"]) == 0
+    assert capsys.readouterr().err == ""
     (file,) = tmp_path.rglob("ranking.csv")
     rows = [line.split(",") for line in file.read_text().splitlines()]
     assert rows[0] == ["file", "rank", "class", "confidence"] and len(rows) == 1 + 9
