@@ -25,7 +25,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -54,6 +54,18 @@ def fold_seed(*keys: object) -> int:
 def run_seed() -> int:
     """The seed of ``seed_everything`` (0 if it was never called)."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def fill_rows(rows: Tensor, seeds: Iterable[int], kind: Literal["uniform", "normal"] = "normal") -> Tensor:
+    """Fill each of the rows (B, ...) by a generator of its own, uniform in [0, 1) or standard normal.
+
+    So what a row gets depends on its seed (and the kind of device) and not on the rows beside it.
+    """
+    generator = torch.Generator(device=rows.device)
+    for row, seed in zip(rows, seeds, strict=True):
+        generator.manual_seed(seed)
+        row.uniform_(generator=generator) if kind == "uniform" else row.normal_(generator=generator)
+    return rows
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
@@ -92,6 +104,8 @@ class Perturbation(Callback):
     per_example: ClassVar[Mapping[str, Any] | None] = None
     #: Whether it adds gradients of its own to the step's, on purpose, where they are accumulated (see FreeLB).
     adds_gradients: ClassVar[bool] = False
+    #: Whether it is a part of the network, in training and evaluation alike, and no perturbation of single steps.
+    part_of_network: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -184,13 +198,10 @@ class Perturbation(Callback):
         As :meth:`uniform` and :meth:`normal`, what one process would draw for the same examples; each is drawn from a
         generator of its own, so ranks don't draw for each other and whole images are no waste.
         """
-        drawn = torch.empty(like.shape, dtype=torch.float32, device=like.device)
-        generator = torch.Generator(device=like.device)
         seed = run_seed() if self.seed is None else self.seed
-        for i, row in enumerate(drawn):
-            generator.manual_seed(fold_seed(seed, self.name, purpose, *self._step, i * self._world + self._rank))
-            row.uniform_(generator=generator) if kind == "uniform" else row.normal_(generator=generator)
-        return drawn
+        places = (i * self._world + self._rank for i in range(len(like)))
+        seeds = (fold_seed(seed, self.name, purpose, *self._step, place) for place in places)
+        return fill_rows(torch.empty(like.shape, dtype=torch.float32, device=like.device), seeds, kind)
 
     # ------------------------------------------------------------------ the loop
 

@@ -28,6 +28,8 @@ class Report(Callback):
     * ``curves.png``: losses and metrics as last logged in each epoch (a loss logged at each step: its last batch's).
     * ``test.png``: accuracy of each domain and the confusion matrix, of a module that after testing has ``confusion``:
       counts (domains, classes, classes) with true classes in rows.
+    * ``samples-<epoch>.png`` and ``levels.png``: of a module that after validation has ``samples``, generated images
+      (N, C, H, W) in [0, 1], and ``level_loss`` (bins,), its loss by noise level; the latter over the epochs.
     * ``mistakes.png``: of a module that after testing has ``mistakes``, the image of each class of which it was most
       confidently wrong (those of the first rank).
 
@@ -44,18 +46,19 @@ class Report(Callback):
         self._seen: Tensor | None = None
         self._titles: list[str] = []
         self._history: dict[str, list[list[float]]] = {}
+        self._levels: dict[int, list[float]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self._history}
+        return {"history": self._history, "levels": self._levels}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._history = state_dict["history"]
+        self._history, self._levels = state_dict["history"], state_dict.get("levels", {})
 
     # ------------------------------------------------------------------ what is collected
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         first = batch_idx == 0 and trainer.global_step == 0
-        if not first or not _wanted(trainer) or not isinstance(batch, dict):
+        if not first or not wanted(trainer) or not isinstance(batch, dict):
             return
         image = batch.get("image")
         if isinstance(image, Tensor) and image.dim() == 4 and image.shape[1] in (1, 3):
@@ -71,38 +74,68 @@ class Report(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Read on all ranks: reading reduces metrics that are synced, and a rank that stays away hangs the others.
         metrics = trainer.callback_metrics
-        if not _wanted(trainer):
+        if not wanted(trainer):
             return
         for name, value in metrics.items():
             self._history.setdefault(name, []).append([trainer.current_epoch + 1, float(value)])
         if self._clean is not None and self._seen is not None:
-            self._save(trainer, "inputs", draw_inputs(self._clean, self._seen, self._titles))
+            save_figure(trainer, "inputs", draw_inputs(self._clean, self._seen, self._titles))
             self._clean = self._seen = None
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        samples, levels = getattr(pl_module, "samples", None), getattr(pl_module, "level_loss", None)
+        if not wanted(trainer):
+            return
+        epoch = trainer.current_epoch + 1
+        if isinstance(samples, Tensor):
+            save_picture(trainer, f"samples-{epoch:04d}", tiled(samples), "samples")
+        if isinstance(levels, Tensor):
+            self._levels[epoch] = levels.tolist()
+            save_figure(trainer, "levels", draw_levels(self._levels))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if _wanted(trainer) and self._history:
-            self._save(trainer, "curves", draw_curves(self._history))
+        if wanted(trainer) and self._history:
+            save_figure(trainer, "curves", draw_curves(self._history))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         confusion = getattr(pl_module, "confusion", None)
-        if _wanted(trainer) and isinstance(confusion, Tensor) and confusion.dim() == 3 and bool(confusion.sum() > 0):
+        if wanted(trainer) and isinstance(confusion, Tensor) and confusion.dim() == 3 and bool(confusion.sum() > 0):
             names = [list(getattr(pl_module, name, [])) for name in ("domain_names", "class_names")]
-            self._save(trainer, "test", draw_test(confusion.cpu(), *names))
+            save_figure(trainer, "test", draw_test(confusion.cpu(), *names))
 
         mistakes = getattr(pl_module, "mistakes", None)
-        if _wanted(trainer) and mistakes:
-            self._save(trainer, "mistakes", draw_mistakes(mistakes, list(getattr(pl_module, "class_names", []))))
-
-    def _save(self, trainer: Trainer, name: str, figure: Figure) -> None:
-        file = Path(trainer.default_root_dir) / "plots" / f"{name}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=110)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(f"plots/{name}", [str(file)])
+        if wanted(trainer) and mistakes:
+            save_figure(trainer, "mistakes", draw_mistakes(mistakes, list(getattr(pl_module, "class_names", []))))
 
 
-def _wanted(trainer: Trainer) -> bool:
+def _place(trainer: Trainer, name: str) -> Path:
+    file = Path(trainer.default_root_dir) / "plots" / f"{name}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def _track(trainer: Trainer, key: str, file: Path) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(f"plots/{key}", [str(file)])
+
+
+def save_figure(trainer: Trainer, name: str, figure: Figure) -> None:
+    """``plots/<name>.png`` in the run's folder, and to W&B."""
+    figure.savefig(file := _place(trainer, name), dpi=110)
+    _track(trainer, name, file)
+
+
+def save_picture(trainer: Trainer, name: str, picture: Tensor, key: str) -> None:
+    """``plots/<name>.png`` of uint8 (3, H, W), pixel by pixel, and to W&B as ``plots/<key>``."""
+    from torchvision.io import write_png
+
+    write_png(picture, str(file := _place(trainer, name)))
+    _track(trainer, key, file)
+
+
+def wanted(trainer: Trainer) -> bool:
+    """Whether this process draws: the first rank does, and nobody in a dry run."""
     return trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
 
 
@@ -125,7 +158,7 @@ def _titles(module: LightningModule, batch: dict[str, Any], count: int) -> list[
 # ---------------------------------------------------------------------- drawing
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure that leaves pyplot and the user's choice of a backend alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -142,7 +175,7 @@ def draw_inputs(clean: Tensor, seen: Tensor, titles: list[str]) -> Figure:
     blocks = math.ceil(len(clean) / columns)
     rows = blocks * (2 if changed else 1)
     heights = [1.45, 1.1] if changed else [1.45]  # the lower row has no captions
-    figure = _figure(1.05 * columns, sum(heights) * blocks + 0.3)
+    figure = new_figure(1.05 * columns, sum(heights) * blocks + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights * blocks)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -163,7 +196,7 @@ def draw_curves(history: dict[str, list[list[float]]]) -> Figure:
     for name, points in history.items():
         groups[0 if "loss" in name else 2 if "/cos_" in name else 1][name] = points
     groups = [group for group in groups if group]
-    figure = _figure(4.6 * len(groups), 3.4)
+    figure = new_figure(4.6 * len(groups), 3.4)
     for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         for name, points in sorted(group.items()):
             epochs, values = zip(*points, strict=True)
@@ -173,6 +206,35 @@ def draw_curves(history: dict[str, list[list[float]]]) -> Figure:
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("as last logged in each epoch", fontsize=9)
+    return figure
+
+
+def tiled(images: Tensor, smallest: int = 64) -> Tensor:
+    """One picture, uint8 (3, H, W), of images (N, C, H, W) in [0, 1] in about a square; small ones are enlarged."""
+    from torchvision.utils import make_grid
+
+    times = max(1, math.ceil(smallest / images.shape[-1]))
+    shown = (images.cpu().float() * 255).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+    shown = shown.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    return make_grid(shown, nrow=math.ceil(math.sqrt(len(images))), padding=2, pad_value=255)
+
+
+def draw_levels(levels: dict[int, list[float]]) -> Figure:
+    """The loss at each noise level (rows of equally many examples, the least noise first), a line for an epoch."""
+    from matplotlib import colormaps
+
+    figure = new_figure(4.6, 3.4)
+    axis = figure.subplots()
+    first, last = min(levels), max(levels)
+    for epoch, values in sorted(levels.items()):
+        place = [(i + 0.5) / len(values) for i in range(len(values))]
+        color = colormaps["viridis"](0.9 * (epoch - first) / max(last - first, 1))
+        axis.plot(place, values, color=color, label=f"epoch {epoch}" if epoch in (first, last) else None)
+    axis.set_yscale("log")
+    axis.set_xlabel("noise level, by its rank")
+    axis.set_ylabel("validation loss")
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -186,7 +248,7 @@ def draw_mistakes(mistakes: dict[int, tuple[float, int, Tensor]], classes: list[
     chosen = sorted(mistakes.items(), key=lambda item: -item[1][0])[:32]
     columns = min(len(chosen), 8)
     rows = math.ceil(len(chosen) / columns)
-    figure = _figure(1.35 * columns, 1.75 * rows + 0.3)
+    figure = new_figure(1.35 * columns, 1.75 * rows + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -214,7 +276,7 @@ def draw_test(confusion: Tensor, domains: list[str], classes: list[str]) -> Figu
         base, novel = accuracy["base"], accuracy["novel"]
         accuracy["harmonic mean"] = 2 * base * novel / max(base + novel, 1e-12)
     side = min(max(4.0, 0.27 * count + 1.6), 9.0)
-    figure = _figure(4.4 + side, side)
+    figure = new_figure(4.4 + side, side)
     left, right = figure.subplots(1, 2, width_ratios=(4.0, side))
     bars = left.barh(list(accuracy), list(accuracy.values()), color="C0", height=0.6)
     left.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -86,10 +87,12 @@ def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").lower().split())
 
 
-def read_sentences(file: Path, class_names: Sequence[str]) -> dict[str, list[str]]:
+def read_sentences(
+    file: Path, class_names: Sequence[str], class_texts: Sequence[str] | None = None
+) -> dict[str, list[str]]:
     """Sentences about each class, of a JSON file {class: [sentence, ...]}; other classes in it are ignored.
 
-    Names are compared without case, underscores taken for blanks.
+    Names are compared without case, underscores taken for blanks; what a class is called in texts serves as well.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -106,7 +109,9 @@ def read_sentences(file: Path, class_names: Sequence[str]) -> dict[str, list[str
     ):
         raise ValueError(f'{file} must hold {{"class": ["sentence", ...], ...}}, sentences not empty')
     known = {_plain(name): sentences for name, sentences in content.items()}
-    missing = [name for name in class_names if not known.get(_plain(name))]
+    for name, text in zip(class_names, class_texts or class_names, strict=True):
+        known.setdefault(_plain(name), known.get(_plain(text), []))
+    missing = [name for name in class_names if not known[_plain(name)]]
     if missing:
         raise ValueError(f"{file} has no sentences about {', '.join(missing[:8])}" + (" ..." if missing[8:] else ""))
     found = {name: known[_plain(name)] for name in class_names}
@@ -168,16 +173,20 @@ class FewShot(ImageDataModule):
         if not self.root.is_dir():
             raise self.missing(self.root)
         self.class_names = self.read_classes()
-        self.class_texts = [name.replace("_", " ") for name in self.class_names]
+        self.class_texts = [self.called(name) for name in self.class_names]
         self.num_classes = len(self.class_names)
         self.domain_names, self.domain_classes = _divided(protocol, self.num_classes)
         if sentences is not None:
-            self.class_sentences = read_sentences(Path(sentences).expanduser(), self.class_names)
+            self.class_sentences = read_sentences(Path(sentences).expanduser(), self.class_names, self.class_texts)
         else:
             texts = zip(self.class_names, self.class_texts, strict=True)
             self.class_sentences = {name: [t.format(text) for t in TEMPLATES] for name, text in texts}
 
     # ------------------------------------------------------------------ what a benchmark says
+
+    def called(self, name: str) -> str:
+        """What a class is called in texts."""
+        return name.replace("_", " ")
 
     def read_classes(self) -> list[str]:
         """The names of the classes, in the order of their labels."""
@@ -325,7 +334,7 @@ class OxfordPets(Split):
 class StanfordCars(Split):
     """Stanford Cars: 196 models."""
 
-    images = (".", "stanford_cars")
+    images = ("stanford_cars", ".")
     split_file = "split_zhou_StanfordCars.json"
     layout = _layout("cars_train/*.jpg, cars_test/*.jpg", split_file)
 
@@ -441,7 +450,11 @@ class FewShotImageNet(FewShot):
         self.synsets = [s for s in names if self._here(s, list(names))]
         if not self.synsets:
             raise self.missing(self.folder_of("test") / next(iter(names)))
-        return [names[synset] for synset in self.synsets]
+        called = [names[synset] for synset in self.synsets]  # CLIP calls some classes alike, missiles and sunglasses
+        return [n if called.count(n) == 1 else f"{n} ({s})" for n, s in zip(called, self.synsets, strict=True)]
+
+    def called(self, name: str) -> str:
+        return re.sub(r" \(n\d{8}\)$", "", name).replace("_", " ")
 
     def folder_of(self, part: Part) -> Path:
         below = self.parts[part]

@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from recipes import _checkpoints, _errors
@@ -43,6 +43,7 @@ LINKED = (
     "class_sentences",
     "template",
     "vocabulary",
+    "vae",
 )
 #: "omegaconf" resolves each file alone; "omegaconf+" resolves after all files and flags are merged.
 MODE = "omegaconf+"
@@ -156,11 +157,20 @@ class RecipeCLI(LightningCLI):
         parser = type("RecipeParser", (_errors.Parser,), {"debug": debug})
         default = CONFIGS / name / "default.yaml"
         files = [str(default)] if default.is_file() else []
-        with tempfile.NamedTemporaryFile("w", prefix=f"{name}-checkpoint-", suffix=".yaml") as settings:
+        with (
+            tempfile.NamedTemporaryFile("w", prefix=f"{name}-checkpoint-", suffix=".yaml") as settings,
+            tempfile.NamedTemporaryFile("w", prefix=f"{name}-weights-", suffix=".yaml") as shaping,
+        ):
             if self._saved is not None:  # above the defaults, below what is typed
                 yaml.safe_dump(self._known(self._saved.settings, model, verb), settings, sort_keys=False)
                 settings.flush()
                 files.append(settings.name)
+                if verb != "fit" and (shape := self._shape(model)):
+                    yaml.safe_dump({"model": shape}, shaping)
+                    shaping.flush()
+                    last = max((i for i, word in enumerate(argv[:-1]) if word in ("-c", "--config")), default=-2) + 2
+                    last = max(last, *(i + 1 for i, w in enumerate(argv) if w.startswith(("-c=", "--config="))), 0)
+                    argv = [*argv[:last], "--config", shaping.name, *argv[last:]]
             super().__init__(
                 model,
                 LightningDataModule,
@@ -179,6 +189,16 @@ class RecipeCLI(LightningCLI):
                 load_from_checkpoint_support=False,
                 args=[verb, *argv],
             )
+
+    def _shape(self, model: type[LightningModule]) -> dict[str, Any]:
+        """Of a checkpoint's settings those without which its weights don't fit (the model's ``shaping``).
+
+        A config that names another dataset to test on may set them, too; only flags are above the checkpoint then.
+        """
+        assert self._saved is not None
+        saved = self._saved.settings.get("model")
+        names = getattr(model, "shaping", ())
+        return {k: saved[k] for k in names if k in saved} if isinstance(saved, dict) else {}
 
     def _known(self, settings: dict[str, Any], model: type[LightningModule], verb: str) -> dict[str, Any]:
         """A checkpoint's settings without those that this call doesn't have or takes from the data."""
@@ -287,6 +307,7 @@ class RecipeCLI(LightningCLI):
 
         chosen = config["callbacks"] or []
         chosen = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
+        chosen.sort(key=lambda c: isinstance(c, WeightAveraging))  # behind techniques, whose weights it averages too
         has = {kind: any(isinstance(c, kind) for c in chosen) for kind in (ExactResume, Report, StopOnNonFinite)}
         result: list[Callback] = [SharedFolder(run), SignalsInForce(self._signals)]
         result += [] if has[ExactResume] else [ExactResume()]
@@ -352,6 +373,8 @@ class RecipeCLI(LightningCLI):
             self.datamodule.predict_folder = Path(folder).expanduser()
         classes = self.config_init[self._verb]["classes"]
         if classes is not None:
+            if folder is None:
+                raise ValueError("--classes ranks classes for the images of a folder: give it with --images")
             if not hasattr(self.model, "set_classes"):
                 name = type(self.model).__name__
                 raise ValueError(f"{name} knows the classes it was trained on: leave --classes out")
@@ -360,9 +383,19 @@ class RecipeCLI(LightningCLI):
                 raise ValueError(f"--classes takes at least two names with commas between, not '{classes}'")
             self.model.set_classes(names)
         arguments["return_predictions"] = True
+        if "predict_dataloader" in _overridden(self.model):  # it makes something, and needs no data for it
+            if folder is not None:
+                raise ValueError(f"{type(self.model).__name__} predicts nothing of images: leave --images out")
+            self.model._trainer = self.trainer
+            arguments = {**arguments, "dataloaders": self.model.predict_dataloader()}
+            arguments.pop("datamodule", None)
         found = self.trainer.predict(**self._evaluated(arguments))
         if found and not run.temporary:
             part = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+            if hasattr(self.model, "save_predictions"):
+                for file in self.model.save_predictions(_join(found), run.folder, part):
+                    log.info(f"predictions: {file}")
+                return
             kind = "pt" if folder is None else "csv"
             file = run.folder / f"predictions{part}.{kind}"
             if folder is None:

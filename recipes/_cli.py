@@ -76,17 +76,21 @@ def split_verb(argv: list[str]) -> tuple[str | None, list[str], str | None]:
 
 def with_own_configs(name: str, argv: list[str]) -> list[str]:
     """``--config pacs`` is the recipe's own ``configs/<name>/pacs.yaml``, from any directory; a file of that name that
-    lies where the user stands goes first."""
-    found = list(argv)
-    for i, word in enumerate(found):
+    lies where the user stands goes first. Configs come before all flags: so flags win, wherever they were typed."""
+    configs: list[str] = []
+    flags: list[str] = []
+    words = iter(argv)
+    for word in words:
         key, equals, value = word.partition("=")
-        if key not in ("--config", "-c") or (not equals and i + 1 == len(found)):
+        value = value if equals else next(words, "") if key in ("--config", "-c") else ""
+        if key not in ("--config", "-c"):
+            flags.append(word)
             continue
-        value = value if equals else found[i + 1]
         own = CONFIGS / name / f"{Path(value).stem}.yaml"
-        if value and not Path(value).exists() and value in (own.stem, own.name) and own.is_file():
-            found[i : i + 2 - bool(equals)] = [f"{key}={own}"] if equals else [key, str(own)]
-    return found
+        if value and not Path(value).is_file() and value in (own.stem, own.name) and own.is_file():
+            value = str(own)
+        configs += [f"{key}={value}"] if equals else [key, value] if value else [key]
+    return configs + flags
 
 
 def shadowed() -> tuple[str, str] | None:

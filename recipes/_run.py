@@ -48,6 +48,7 @@ _NOISE = (
     r".*callbacks used to create the checkpoint need to be provided",  # what matters of it, the technique says itself
     r".*Trying to infer the `batch_size`",
     r".*pkg_resources is deprecated",
+    r".*WeightAveraging callback, but loading a checkpoint outside the 'fit' stage",  # what it holds is the average
 )
 _OURS = ("recipes", "callbacks", "datamodules")
 _LIGHTNING = ("lightning.pytorch", "lightning.fabric")

@@ -149,6 +149,9 @@ def load(name: str, pretrained: str | None = None) -> Loaded:
         raise ValueError(f"open_clip has no weights '{pretrained}' of {name}; there are: {', '.join(known) or 'none'}")
     try:
         clip = open_clip.create_model(name, pretrained=pretrained)
+        tokenize = open_clip.get_tokenizer(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name} needs the package {error.name}: pip install {error.name}") from error
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{name} ({pretrained}) can't be loaded: {' '.join(str(error).split())[:200]}; fetching weights needs a "
@@ -156,7 +159,6 @@ def load(name: str, pretrained: str | None = None) -> Loaded:
         ) from error
     size = clip.visual.image_size
     mean, std = (tuple(getattr(clip.visual, key)) for key in ("image_mean", "image_std"))
-    tokenize = open_clip.get_tokenizer(name)
     return Loaded(clip, tokenize, mean, std, size if isinstance(size, int) else size[0])
 
 

@@ -60,6 +60,8 @@ Distill = Literal["cosine", "mse"]
 _SRC = (10.0, 25.0, 1.0)
 #: Parts of the module that are frozen and not in its checkpoints.
 _FROZEN = ("clip", "teacher")
+#: Texts that CoCoOp's evaluation encodes at a time.
+_TEXTS = 512
 #: Learning rate of the first epoch (Dassl's constant warm-up).
 _WARMUP_LR = 1e-5
 
@@ -117,7 +119,8 @@ class CoPrompt(LightningModule):
         adapter_image: share of the adapted image features, of ``coprompt``.
         adapter_text: share of the adapted text features, of ``coprompt``.
         distill: the consistency term, ``cosine`` or ``mse``, whose ``lam`` must be D / 2 times as large.
-        lr: of SGD after the first epoch, falling to zero with a cosine, by epoch.
+        lr: of SGD after the warm-up, falling by epoch with a cosine that would reach zero after ``max_epochs`` more
+            (released: Dassl counts its epochs anew after the warm-up).
         momentum: of SGD.
         weight_decay: of SGD.
         warmup_epochs: epochs with a learning rate of 1e-5.
@@ -131,6 +134,8 @@ class CoPrompt(LightningModule):
     """
 
     monitor = ("val/acc", "max")
+    #: Settings without which a checkpoint's weights don't fit: a config of other data to test on doesn't change them.
+    shaping = ("clip", "pretrained", "technique", "n_ctx", "ctx_init", "depth", "adapter_image", "adapter_text")
     clip: Any
     teacher: Any
     mean: Tensor
@@ -405,9 +410,13 @@ class CoPrompt(LightningModule):
         """CoCoOp's logits (B, K): a text of each class for each image (B, D)."""
         assert isinstance(self.prompts, ConditionalPrompts)
         tokens = self.prompted if classes is None else self.prompted[classes]
-        ctx = self.prompts.of(image).repeat_interleave(len(tokens), 0)
-        z = towers.encode_text(self.clip, tokens.repeat(len(image), 1), ctx)
-        return self._logits(image, F.normalize(z.float(), dim=-1).view(len(image), len(tokens), -1))
+        rows = len(image) if torch.is_grad_enabled() else max(1, _TEXTS // len(tokens))  # memory without a graph
+        found = []
+        for part in image.split(rows):
+            ctx = self.prompts.of(part).repeat_interleave(len(tokens), 0)
+            z = towers.encode_text(self.clip, tokens.repeat(len(part), 1), ctx)
+            found.append(self._logits(part, F.normalize(z.float(), dim=-1).view(len(part), len(tokens), -1)))
+        return torch.cat(found)
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, K) of images (B, 3, H, W) in [0, 1]."""
@@ -577,7 +586,7 @@ class CoPrompt(LightningModule):
         def factor(epoch: int) -> float:
             if epoch < warmup:
                 return min(_WARMUP_LR / h["lr"], 1.0) if h["lr"] else 1.0
-            return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+            return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / epochs))
 
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 

@@ -120,7 +120,7 @@ def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         capsys.readouterr()
         with monkeypatch.context() as patched:
             if not pictures:  # drawing takes longer than training
-                patched.setattr(callbacks.report.Report, "_save", lambda *_: None)
+                patched.setattr(callbacks.report, "save_figure", lambda *_: None)
             code = run(model, name, argv)
         out, err = capsys.readouterr()
         return Result(code, out, err, root)

@@ -265,5 +265,16 @@ def test_a_recipes_own_configs_go_by_name_from_any_directory(tmp_path: Path, mon
         assert own in " ".join(with_own_configs("advstyle", ["--model.lr", "1", *words, "--debug"]))
     for words in (["--config", "nothing"], ["--config"], ["--config", "/x/pacs.yaml"], ["--model.name", "pacs"]):
         assert with_own_configs("advstyle", words) == words
+    (tmp_path / "pacs").mkdir()  # a folder is no config
+    assert with_own_configs("advstyle", ["--config", "pacs"]) == ["--config", own]
     (tmp_path / "pacs.yaml").write_text("model: {lr: 1}")
     assert with_own_configs("advstyle", ["--config", "pacs.yaml"]) == ["--config", "pacs.yaml"]
+
+
+def test_flags_win_wherever_they_are_typed(cli: Run, tmp_path: Path) -> None:
+    file, later = tmp_path / "file.yaml", tmp_path / "later.yaml"
+    file.write_text("model: {lr: 0.3, wait: 0.1}\n")
+    later.write_text("model: {wait: 0.2}\n")
+    for words in (["--model.lr", 0.4, "--config", file], [f"--config={file}", "--model.lr", 0.4]):
+        result = cli("fit", *words, "--config", later, "--print_config")
+        assert yaml.safe_load(result.out)["model"]["lr"] == 0.4 and yaml.safe_load(result.out)["model"]["wait"] == 0.2

@@ -25,6 +25,7 @@ from datamodules.clip_benchmarks import (
     ImageNetSketch,
     ImageNetV2,
     Split,
+    StanfordCars,
     few_shots,
     halves,
     read_sentences,
@@ -74,6 +75,29 @@ def test_a_split_file_is_followed(cls: type[Split], tmp_path: Path) -> None:
 def test_torchvisions_copy_serves_as_well(tmp_path: Path) -> None:
     tree(tmp_path, DTD, folder="dtd/dtd/images")
     assert len(DTD(str(tmp_path), **SMALL).part("test")) == 15
+
+
+def test_torchvisions_cars_lie_below_a_folder_of_their_own(tmp_path: Path) -> None:
+    tree(tmp_path, StanfordCars, folder="stanford_cars")
+    assert len(StanfordCars(str(tmp_path), **SMALL).part("test")) == 15
+    tree(tmp_path / "coop", StanfordCars, folder=".")
+    assert len(StanfordCars(str(tmp_path / "coop"), **SMALL).part("test")) == 15
+
+
+def test_classes_of_imagenet_that_are_called_alike_are_told_apart(tmp_path: Path) -> None:
+    imagenet(tmp_path, "images/val")
+    imagenet(tmp_path, "images/train")
+    file = tmp_path / "classnames.txt"
+    lines = file.read_text().splitlines()
+    synsets = [line.split(" ", 1)[0] for line in lines]
+    file.write_text("\n".join([f"{synsets[0]} sunglasses", f"{synsets[1]} sunglasses", *lines[2:]]))
+    sentences = tmp_path / "sentences.json"
+    names = ["sunglasses", *(line.split(" ", 1)[1] for line in lines[2:])]
+    sentences.write_text(json.dumps({name: [f"{name} it is"] for name in names}))
+    data = FewShotImageNet(str(tmp_path), shots=1, protocol="all", sentences=str(sentences), **SMALL)
+    assert data.class_names[:2] == [f"sunglasses ({s})" for s in synsets[:2]]
+    assert data.class_texts[:2] == ["sunglasses"] * 2
+    assert data.class_sentences[data.class_names[1]] == ["sunglasses it is"]
 
 
 def test_there_are_eleven_datasets_and_four_variants() -> None:

@@ -501,7 +501,7 @@ def test_the_learning_rate_is_constant_first_and_then_a_cosine() -> None:
                             enable_progress_bar=False, enable_model_summary=False, callbacks=[Watch()],
                             use_distributed_sampler=False, limit_val_batches=0)
     trainer.fit(module, datamodule=cells.data("coprompt"))
-    wanted = [1e-5, *(0.005 * (1 + math.cos(math.pi * e / 4)) for e in (1, 2, 3))]
+    wanted = [1e-5, *(0.005 * (1 + math.cos(math.pi * e / 4)) for e in (0, 1, 2))]
     assert seen == pytest.approx(wanted)
 
 
@@ -578,6 +578,37 @@ def test_one_checkpoint_is_tested_on_all_classes(trained: Path, capsys: pytest.C
     words = ["test", "--ckpt_path", last, "--data.protocol", "all", "--wandb", "off"]
     assert run(MODEL, "coprompt", [*words, "--trainer.default_root_dir", folder]) == 0
     assert "test/acc_all" in capsys.readouterr().out
+
+
+def test_a_config_of_other_data_doesnt_reshape_what_was_learned(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "other.yaml"
+    file.write_text("model: {clip: ViT-B-16, n_ctx: 2, depth: 1, lam: 0.5}\ndata: {init_args: {protocol: all}}\n")
+    last, folder = str(trained / "checkpoints" / "last.ckpt"), str(trained.parents[1])
+    words = ["test", "--ckpt_path", last, "--config", str(file), "--wandb", "off"]
+    words += ["--trainer.default_root_dir", folder]
+    assert run(MODEL, "coprompt", words) == 0
+    assert "test/acc_all" in capsys.readouterr().out
+    assert run(MODEL, "coprompt", [*words, "--print_config"]) == 0
+    assert "depth: 3" in (said := capsys.readouterr().out) and "lam: 0.5" in said and "n_ctx: 4" in said
+    assert run(MODEL, "coprompt", [*words, "--model.n_ctx", "2"]) == 2  # what is typed is above all
+    assert "doesn't fit this model" in capsys.readouterr().err
+
+
+def test_classes_are_ranked_for_a_folder(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["predict", "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), "--classes", "dog,car"]
+    assert run(MODEL, "coprompt", [*words, "--trainer.default_root_dir", str(trained.parents[1])]) == 2
+    assert "give it with --images" in capsys.readouterr().err
+
+
+def test_cocoops_evaluation_takes_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make(technique="cocoop")
+    image = torch.rand(5, 3, cells.SIDE, cells.SIDE)
+    with torch.no_grad():
+        whole = module(image)
+        monkeypatch.setattr("recipes.coprompt.module._TEXTS", 4)
+        assert torch.allclose(module(image), whole, atol=1e-5)
 
 
 def test_classes_of_the_users_are_ranked(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
