@@ -454,7 +454,7 @@ class FewShotImageNet(FewShot):
         return [n if called.count(n) == 1 else f"{n} ({s})" for n, s in zip(called, self.synsets, strict=True)]
 
     def called(self, name: str) -> str:
-        return re.sub(r" \(n\d{8}\)$", "", name).replace("_", " ")
+        return re.sub(r" \(n\d+\)$", "", name).replace("_", " ")
 
     def folder_of(self, part: Part) -> Path:
         below = self.parts[part]
