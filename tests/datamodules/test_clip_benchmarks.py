@@ -95,9 +95,9 @@ def test_classes_of_imagenet_that_are_called_alike_are_told_apart(tmp_path: Path
     names = ["sunglasses", *(line.split(" ", 1)[1] for line in lines[2:])]
     sentences.write_text(json.dumps({name: [f"{name} it is"] for name in names}))
     data = FewShotImageNet(str(tmp_path), shots=1, protocol="all", sentences=str(sentences), **SMALL)
-    assert data.class_names[:2] == [f"sunglasses ({s})" for s in synsets[:2]]
-    assert data.class_texts[:2] == ["sunglasses"] * 2
-    assert data.class_sentences[data.class_names[1]] == ["sunglasses it is"]
+    assert data.class_names == ["sunglasses (n01)", "cock", "sunglasses (n03)"]  # by synset
+    assert data.class_texts == ["sunglasses", "cock", "sunglasses"]
+    assert data.class_sentences["sunglasses (n03)"] == ["sunglasses it is"]
 
 
 def test_there_are_eleven_datasets_and_four_variants() -> None:
