@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from callbacks.perturbation import crafting
+from callbacks.perturbation import crafting, device_of
 
 
 def backbone_of(module: nn.Module) -> nn.Module:
@@ -87,7 +87,7 @@ def layer_shapes(module: LightningModule, layers: dict[str, nn.Module]) -> dict[
     handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
     try:
         with crafting(module, "eval"), torch.no_grad():
-            module(example.to(module.device))
+            module(example.to(device_of(module)))
     finally:
         for handle in handles:
             handle.remove()

@@ -68,6 +68,11 @@ def fill_rows(rows: Tensor, seeds: Iterable[int], kind: Literal["uniform", "norm
     return rows
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are. Lightning's ``module.device`` names the GPU before they have been moved there."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
 def batch_size(batch: Mapping[str, Any]) -> int:
     """Examples in a batch: the length of its first tensor."""
     for value in batch.values():
@@ -302,7 +307,7 @@ def crafting(module: nn.Module, mode: Mode = "train_frozen_bn", *, parameters: b
     training = [(m, m.training) for m in module.modules()]
     tracking = [(m, m.track_running_stats) for m in module.modules() if isinstance(m, _BatchNorm)]
     needing = [p for p in module.parameters() if p.requires_grad]
-    where = next((p.device for p in module.parameters()), torch.device("cpu"))
+    where = device_of(module)
     device = where.type
     moving = [] if mode == "eval" else [(b, b._version, b.clone()) for b in _unguarded_buffers(module)]
     with ExitStack() as stack:
