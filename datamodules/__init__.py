@@ -1,6 +1,7 @@
 """One LightningDataModule per benchmark family; the embedded data beside them."""
 
 from datamodules.captions import EmojiCaptions
+from datamodules.celeba import CelebA
 from datamodules.cifar import CIFAR10, CIFAR100, SVHN
 from datamodules.clip_benchmarks import (
     DTD,
@@ -20,12 +21,15 @@ from datamodules.clip_benchmarks import (
     OxfordPets,
     StanfordCars,
 )
+from datamodules.coco import COCOCaptions
 from datamodules.corruptions import CIFAR10C, CIFAR100C, ImageNetC
 from datamodules.digits import Digits
 from datamodules.domains import PACS, VLCS, DigitsDG, DomainNet, MiniDomainNet, OfficeHome
 from datamodules.emoji import EmojiDomains, EmojiRetrieval
 from datamodules.fashion import FashionMNIST
-from datamodules.imagenet import ImageNet, TinyImageNet
+from datamodules.imagenet import ImageNet, ImageNet64, TinyImageNet
+from datamodules.latents import Latents
+from datamodules.mnist import MNIST
 from datamodules.retrieval import MSMT17, Market1501
 
 __all__ = [
@@ -33,7 +37,9 @@ __all__ = [
     "CIFAR100",
     "CIFAR100C",
     "CIFAR10C",
+    "COCOCaptions",
     "DTD",
+    "MNIST",
     "MSMT17",
     "PACS",
     "SUN397",
@@ -41,6 +47,7 @@ __all__ = [
     "UCF101",
     "VLCS",
     "Caltech101",
+    "CelebA",
     "Digits",
     "DigitsDG",
     "DomainNet",
@@ -55,11 +62,13 @@ __all__ = [
     "Flowers102",
     "Food101",
     "ImageNet",
+    "ImageNet64",
     "ImageNetA",
     "ImageNetC",
     "ImageNetR",
     "ImageNetSketch",
     "ImageNetV2",
+    "Latents",
     "Market1501",
     "MiniDomainNet",
     "OfficeHome",

@@ -1,14 +1,19 @@
-"""ImageNet and Tiny ImageNet, in their official layouts."""
+"""ImageNet, Tiny ImageNet and ImageNet scaled to 64x64 pixels, in their official layouts."""
 
 from __future__ import annotations
 
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.images import IMAGENET_CROP
+from datamodules.images import IMAGENET_CROP, ImageSet
 from datamodules.splits import HeldOut, class_folders
 
 JPEG = (".jpeg", ".jpg")
@@ -121,3 +126,126 @@ class ImageNet(HeldOut):
                 "with ILSVRC2012_devkit_t12.tar.gz and ILSVRC2012_img_val.tar in root"
             )
         return class_folders(folder, self.class_names, JPEG)
+
+
+def read_array(file: Path, name: str) -> np.ndarray:
+    """An array of an npz file, read where it lies if it isn't compressed; nothing is unpickled.
+
+    Raises:
+        KeyError, OSError, ValueError, zipfile.BadZipFile: if the file is damaged or hasn't that array.
+    """
+    with zipfile.ZipFile(file) as archive:
+        member = archive.getinfo(f"{name}.npy")
+    if member.compress_type == zipfile.ZIP_STORED:
+        with file.open("rb") as opened:
+            opened.seek(member.header_offset + 26)  # the lengths of two fields that precede the content
+            opened.seek(sum(struct.unpack("<HH", opened.read(4))), 1)
+            if np.lib.format.read_magic(opened) == (1, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(opened)
+                if not fortran and not dtype.hasobject:
+                    return np.memmap(file, dtype, "r", opened.tell(), shape)
+    with np.load(file, allow_pickle=False) as arrays:
+        return arrays[name]
+
+
+class Planes:
+    """Rows of several arrays, each an image in channel planes, indexed as one uint8 (N, 3, side, side).
+
+    Args:
+        arrays: uint8 (M, 3 * side * side).
+        rows: (N,) which rows, counted over all arrays.
+        side: of the images.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray], rows: Tensor, side: int) -> None:
+        self.arrays, self.rows = list(arrays), rows
+        self.starts = torch.tensor([0, *(len(array) for array in arrays)]).cumsum(0)
+        self.shape = torch.Size((len(rows), 3, side, side))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """uint8 (B, 3, side, side) of positions (B,)."""
+        rows = self.rows[index]
+        array = torch.searchsorted(self.starts, rows, right=True) - 1
+        found = [self.arrays[a][r] for a, r in zip(array.tolist(), (rows - self.starts[array]).tolist(), strict=True)]
+        return torch.from_numpy(np.stack(found)).view(-1, *self.shape[1:])
+
+
+class ImageNet64(HeldOut):
+    """ImageNet scaled to 64x64 pixels (Chrabaszcz, Loshchilov and Hutter, arXiv 1707.08819): a thousand classes.
+
+    1,281,167 training images; its 50,000 validation images test. Files that aren't compressed are read where they lie;
+    else the images of a part are kept in memory (15.7 GB for training).
+
+    Args:
+        root: folder with ``train_data_batch_1.npz`` to ``train_data_batch_10.npz`` and ``val_data.npz``.
+        val_size: training images held out for validation.
+
+    Other arguments: see :class:`datamodules.splits.HeldOut` and :class:`datamodules.images.ImageDataModule`. Classes
+    are numbered as in the files, which is not the order of :class:`ImageNet`; they have no other names.
+
+    Raises:
+        FileNotFoundError: naming what is missing, the layout and where to get it.
+        ValueError: for a file with other contents, or counts other than the official ones.
+    """
+
+    files: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "train": tuple(f"train_data_batch_{i}.npz" for i in range(1, 11)),
+        "test": ("val_data.npz",),
+    }
+    counts = {"train": 1_281_167, "test": 50_000}
+    source = "https://image-net.org/download-images (downsampled image data, 64x64, npz format; after registration)"
+
+    def __init__(self, root: str, val_size: int = 10_000, **split: Any) -> None:
+        super().__init__(val_size, **split)
+        self.root, self.image_size, self.num_classes = Path(root).expanduser(), 64, 1000
+        self.class_names, self.domain_names = [str(i) for i in range(1, 1001)], ["imagenet64"]
+        self._read: dict[str, tuple[np.ndarray, Tensor]] = {}
+
+    def _contents(self, name: str) -> tuple[np.ndarray, Tensor]:
+        """Images uint8 (M, 12288) and labels (M,) of a file, which is opened once: training and validation share it."""
+        file = self.root / name
+        if name not in self._read:
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{file} is not there: ImageNet64 expects train_data_batch_{{1..10}}.npz and val_data.npz; get "
+                    f"them from {self.source}"
+                )
+            try:
+                images, label = read_array(file, "data"), np.array(read_array(file, "labels"))
+            except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(
+                    f"{file} can't be read ({' '.join(str(error).split())}): get it from {self.source}"
+                ) from None
+            wanted = (label.size, 3 * self.image_size**2)
+            known = np.isin(label, np.arange(1, self.num_classes + 1)).all()
+            if images.dtype != np.uint8 or images.shape != wanted or label.ndim != 1 or not known:
+                raise ValueError(
+                    f"{file} must hold data uint8 (N, {wanted[1]}) and labels (N,) of 1 to {self.num_classes}, but has "
+                    f"data {images.dtype} {images.shape} and labels {label.dtype} {label.shape}"
+                    + ("" if known else ", others among them")
+                )
+            self._read[name] = images, torch.from_numpy(label).long() - 1
+        return self._read[name]
+
+    def official(self, part: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
+        """Rows (N,), counted over the files that were opened, in that order, and labels (N,)."""
+        for name in self.files[part]:
+            self._contents(name)
+        rows, labels, start = [], [], 0
+        for name, (images, label) in self._read.items():
+            if name in self.files[part]:
+                rows.append(torch.arange(start, start + len(images)))
+                labels.append(label)
+            start += len(images)
+        if sum(map(len, rows)) != self.counts[part]:
+            raise ValueError(
+                f"ImageNet has {self.counts[part]} images of {part}, but {sum(map(len, rows))} are in {self.root}: the "
+                f"download is incomplete; get it from {self.source}"
+            )
+        return torch.cat(rows), torch.cat(labels)
+
+    def image_set(self, images: Any, entries: dict[str, Tensor]) -> ImageSet:
+        return ImageSet(Planes([array for array, _ in self._read.values()], images, self.image_size), entries)

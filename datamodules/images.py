@@ -36,6 +36,8 @@ IMAGENET_CROP = 8 / 7
 #: What counts as an image in a folder of the user's.
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 OnCorrupt = Literal["error", "skip"]
+#: A part of an image, in its own pixels: left, top, right, bottom.
+Window = tuple[int, int, int, int]
 
 
 def run_seed() -> int:
@@ -46,22 +48,25 @@ def run_seed() -> int:
 # ---------------------------------------------------------------------- decoding
 
 
-def decode(file: Path, size: tuple[int, int], crop: float = 0.0) -> Tensor:
+def decode(file: Path, size: tuple[int, int], crop: float | Window = 0.0) -> Tensor:
     """An image file as uint8 (3, H, W), squashed to ``size`` = (H, W) with bicubic filtering (Dassl's ``Resize``).
 
     With ``crop`` it isn't squashed: it is scaled so that ``crop`` times the size just fits, and the middle is cut out.
+    Where ``crop`` is a window, that is cut out first, and squashed.
 
     Raises:
         ValueError: naming the file, if it is no image or is cut short.
     """
     try:
         with Image.open(file) as opened:
-            if opened.format == "JPEG":
+            if opened.format == "JPEG" and not isinstance(crop, tuple):
                 opened.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes large photographs at a fraction of the size
             image = opened.convert("RGBA").convert("RGB") if opened.mode in ("P", "PA", "LA") else opened.convert("RGB")
-            if crop and image.size != (size[1], size[0]):
+            if isinstance(crop, tuple):
+                image = _inside(image, crop)
+            elif crop and image.size != (size[1], size[0]):
                 image = _middle(image, size, crop)
-            elif image.size != (size[1], size[0]):
+            if image.size != (size[1], size[0]):
                 image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     except FileNotFoundError:
@@ -79,6 +84,13 @@ def _middle(image: Image.Image, size: tuple[int, int], crop: float) -> Image.Ima
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size[1]) // 2, (image.height - size[0]) // 2
     return image.crop((left, top, left + size[1], top + size[0]))
+
+
+def _inside(image: Image.Image, window: Window) -> Image.Image:
+    """The window of the image; ValueError if it reaches over the edge."""
+    if window[0] < 0 or window[1] < 0 or window[2] > image.width or window[3] > image.height:
+        raise ValueError(f"it has {image.width}x{image.height} pixels, which don't hold the window {window}")
+    return image.crop(window)
 
 
 def _progress(what: str, total: int) -> Any:
@@ -115,7 +127,7 @@ class Rows(Protocol):
 class Files:
     """Images decoded when they are asked for, grey (by their luminance) where ``channels`` is 1."""
 
-    def __init__(self, files: Sequence[Path], channels: int, size: tuple[int, int], crop: float = 0.0) -> None:
+    def __init__(self, files: Sequence[Path], channels: int, size: tuple[int, int], crop: float | Window = 0.0) -> None:
         self.files, self.size, self.crop = list(files), size, crop
         self.shape = torch.Size((len(self.files), channels, *size))
 
@@ -147,7 +159,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         size: tuple[int, int] | None = None,
         memory_gb: float = 0.0,
         on_corrupt: OnCorrupt = "error",
-        crop: float = 0.0,
+        crop: float | Window = 0.0,
     ) -> None:
         self.entries = dict(entries)
         self.files: list[Path] | None = None
@@ -319,6 +331,8 @@ class ImageDataModule(LightningDataModule):
     domain_names: list[str]
     image_size: int
     in_chans: int = 3
+    #: Folder of the autoencoder whose latents the images are; None: pixels.
+    vae: str | None = None
 
     def __init__(
         self,
