@@ -58,7 +58,7 @@ def small_clip() -> str:
 
 #: In which precision two ranks are compared with one process, if not in float32. The bias of attention's keys has no
 #: gradient but for rounding, and Adam divides that by itself.
-PRECISION: dict[str, Any] = {"clip": "64-true"}
+PRECISION: dict[str, Any] = {"clip": "64-true", "scalelong": "64-true"}
 #: Arguments of techniques that can't do without, by class name.
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "AdversarialInput": {"steps": 2},
@@ -78,8 +78,13 @@ RECIPES["coprompt"] = {
     "class_sentences": {c: (f"{c} {c}", f"{c} red") for c in ("red", "green", "blue")},
     **{"domain_names": ("base", "novel"), "domain_classes": ((0, 1), (2,))},
 }
+RECIPES["scalelong"] = {
+    "network_args": {"patch_size": 8, "dim": 32, "depth": 4, "heads": 2},
+    **{"lr": 1e-3, "warmup_steps": 0, "sample_steps": 2, "test_samples": 0, "num_samples": 4},
+}
 for _technique in ("FreeLB",):
     ON["coprompt", _technique] = ON["clip", _technique]
+    ON["scalelong", _technique] = {"layer": "in_blocks.0"}
 
 _SMALL: dict[str, Any] = {
     "backbone": "resnet10t",
@@ -139,6 +144,11 @@ def recipe(name: str, *, norm: bool = True, drop: bool = True, **more: Any) -> L
             if not drop and isinstance(getattr(layer, rate, None), float):
                 setattr(layer, rate, 0.0)
     return module
+
+
+for _name in recipes():
+    if _name != "scalelong":  # whose network has long skip connections
+        APART[_name, "LongSkipScaling"] = "no long skip connections found"
 
 
 def data(name: str, **more: Any) -> LightningDataModule:

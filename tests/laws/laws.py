@@ -209,20 +209,27 @@ def _plainly(value: Any) -> Any:
 
 
 def off_at_evaluation(recipe: str, make: Make) -> None:
-    """Law 3: validation within a fit, and validate, test and predict, see the untouched network and leave it so."""
+    """Law 3: validation within a fit, and validate, test and predict, see the untouched network and leave it so.
+
+    What is a part of the network is there in all of them alike, and makes a difference.
+    """
+    part = [make] if make().part_of_network else []
     module, runner = cells.recipe(recipe), trainer(make(), max_epochs=1)
     runner.fit(module, datamodule=cells.data(recipe))
     within = {n: float(v) for n, v in runner.callback_metrics.items() if n.startswith("val/")}
     assert within
     clean = cells.recipe(recipe)
     clean.load_state_dict(weights(module))
-    plain = trainer()
+    plain = trainer(*(m() for m in part))
     plain.validate(clean, datamodule=cells.data(recipe), verbose=False)
     assert {n: float(v) for n, v in plain.callback_metrics.items()} == within, "validation saw the technique"
+    if part:
+        (without,) = trainer().validate(clean, datamodule=cells.data(recipe), verbose=False)
+        assert without != within, "what is a part of the network is off at evaluation"
     for verb in ("validate", "test", "predict"):
         results = []
         before, flags = weights(module), _flags(module)
-        for network, techniques in ((module, [make()]), (clean, [])):
+        for network, techniques in ((module, [make()]), (clean, [m() for m in part])):
             options: dict[str, Any] = {} if verb == "predict" else {"verbose": False}
             results.append(getattr(trainer(*techniques), verb)(network, datamodule=cells.data(recipe), **options))
         assert _plainly(results[0]) == _plainly(results[1]), f"{verb} saw the technique"

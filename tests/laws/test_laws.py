@@ -172,6 +172,13 @@ def test_6_it_composes(first: str, second: str) -> None:
     laws.composes("classifier", make(first), make(second, name="second"))
 
 
+@pytest.mark.parametrize("name", [t for r, t in PAIRS if r == "scalelong"])
+def test_6_long_skip_connections_compose(name: str) -> None:
+    skips = make("LongSkipScaling", "scalelong", name="skips")
+    laws.composes("scalelong", skips, make(name, "scalelong"))
+    laws.composes("scalelong", make(name, "scalelong"), skips)
+
+
 def test_6_bites() -> None:
     one = make("RestoresInListOrder")
     laws.no_trace("classifier", one)  # alone it is harmless

@@ -278,7 +278,7 @@ def test_all_that_is_learned_moves_and_nothing_else(technique: str) -> None:
     assert all(torch.equal(v, frozen[f"visual.{n}"]) for n, v in module.teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("name", sorted(cells.techniques()))
+@pytest.mark.parametrize("name", [t for t in sorted(cells.techniques()) if ("coprompt", t) not in cells.APART])
 def test_no_technique_moves_the_frozen_clip(name: str) -> None:
     module = make()
     fitted(module, cells.technique(cells.techniques()[name], "coprompt"))
@@ -497,9 +497,17 @@ def test_the_learning_rate_is_constant_first_and_then_a_cosine() -> None:
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             seen.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    trainer = cells.Trainer(max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False,
-                            enable_progress_bar=False, enable_model_summary=False, callbacks=[Watch()],
-                            use_distributed_sampler=False, limit_val_batches=0)
+    trainer = cells.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Watch()],
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+    )
     trainer.fit(module, datamodule=cells.data("coprompt"))
     wanted = [1e-5, *(0.005 * (1 + math.cos(math.pi * e / 4)) for e in (0, 1, 2))]
     assert seen == pytest.approx(wanted)
