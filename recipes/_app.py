@@ -252,9 +252,7 @@ class RecipeCLI(LightningCLI):
             "--last_every_n_steps", type=int, default=0, help="save last.ckpt within epochs, too, every so many steps"
         )
         skipped = {"dirpath", "save_last", "enable_version_counter"}
-        parser.add_class_arguments(
-            ModelCheckpoint, "checkpoint", skip=skipped, fail_untyped=False, instantiate=False
-        )
+        parser.add_class_arguments(ModelCheckpoint, "checkpoint", skip=skipped, fail_untyped=False, instantiate=False)
         monitor, mode = getattr(self._model_class, "monitor", (None, "min"))
         ours = {"monitor": monitor, "mode": mode, "filename": "best", "auto_insert_metric_name": False}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in ours.items()})
@@ -386,8 +384,6 @@ class RecipeCLI(LightningCLI):
         if "predict_dataloader" in _overridden(self.model):  # it makes something, and needs no data for it
             if folder is not None:
                 raise ValueError(f"{type(self.model).__name__} predicts nothing of images: leave --images out")
-            self.model._trainer = self.trainer
-            arguments = {**arguments, "dataloaders": self.model.predict_dataloader()}
             arguments.pop("datamodule", None)
         found = self.trainer.predict(**self._evaluated(arguments))
         if found and not run.temporary:

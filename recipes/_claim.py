@@ -32,11 +32,14 @@ from typing import Any, NoReturn
 import yaml
 
 from recipes._claim_results import (
+    STEPS_TO,
     Arm,
     Claim,
     ClaimError,
     compare,
     plot,
+    plot_curves,
+    steps_to,
     summary,
     t_interval,
     table,
@@ -78,7 +81,9 @@ def read(name: str, folder: Path = CONFIGS) -> Claim:
         shared = [str(word) for word in given.get("shared") or []]
         margin = float(given.get("margin", 0.0))
         also = [str(metric) for metric in given.get("also") or []]
+        curves = [str(metric) for metric in given.get("curves") or []]
         own = {"recipe": recipe, "part": part, "arms": arms, "shared": shared, "margin": margin, "also": also}
+        own |= {"curves": curves}
         claim = Claim(**{**given, **own})
         seeds = [int(seed) for seed in claim.seeds]
     except (TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
@@ -156,11 +161,19 @@ def value(record: dict[str, Any], metric: str) -> float:
     return float(record["seconds"] if metric == "seconds" else record["values"][metric])
 
 
-def done(cell: Cell, version: str | None, metrics: Sequence[str]) -> dict[str, Any] | None:
+def columns(claim: Claim) -> tuple[list[str], list[str]]:
+    """Columns of metrics.csv whose last value a claim wants, and those which it wants as curves."""
+    wanted = [claim.metric, *claim.also]
+    curves = [metric.removeprefix(STEPS_TO) for metric in wanted if metric.startswith(STEPS_TO)]
+    return [metric.removeprefix(STEPS_TO) for metric in wanted], list(dict.fromkeys([*curves, *claim.curves]))
+
+
+def done(cell: Cell, version: str | None, metrics: Sequence[str], curves: Sequence[str] = ()) -> dict[str, Any] | None:
     """What a cell gave, if it was trained by this command from this source (None: from any) and has the metrics."""
     try:
         record = json.loads(cell.record.read_text(encoding="utf-8"))
         same = record["command"] == cell.command[1:] and version in (None, record["version"])
+        same = same and all(record.get("curves", {}).get(metric) for metric in curves)
         return record if same and all(math.isfinite(value(record, metric)) for metric in metrics) else None
     except (OSError, TypeError, KeyError, json.JSONDecodeError):  # not there, or cut off while it was written
         return None
@@ -184,6 +197,18 @@ def last_values(folder: Path, metrics: Sequence[str]) -> dict[str, float]:
     return found
 
 
+def read_curves(folder: Path, metrics: Sequence[str]) -> dict[str, list[list[float]]]:
+    """(step, value) of these metrics in the newest run's ``metrics.csv`` below a folder, in the order of the steps."""
+    files = sorted(folder.glob("*/*/metrics.csv"), key=lambda f: f.stat().st_mtime)
+    found: dict[str, list[list[float]]] = {metric: [] for metric in metrics}
+    with files[-1].open(newline="", encoding="utf-8") as opened:
+        for row in csv.DictReader(opened):
+            for metric in metrics:
+                if row.get(metric):
+                    found[metric].append([float(row["step"]), float(row[metric])])
+    return {metric: sorted(points) for metric, points in found.items()}
+
+
 class Trainer:
     """Runs commands side by side, and ends them all when one fails or the user does.
 
@@ -192,12 +217,15 @@ class Trainer:
         metric: which column of their metrics.csv is the result.
         version: of the source, kept with each result.
         also: further columns that must be there.
+        curves: columns that are kept whole.
     """
 
     grace = 20.0
 
-    def __init__(self, jobs: int, metric: str, version: str, also: Sequence[str] = ()) -> None:
-        self.metric, self.version, self.also = metric, version, also
+    def __init__(
+        self, jobs: int, metric: str, version: str, also: Sequence[str] = (), curves: Sequence[str] = ()
+    ) -> None:
+        self.metric, self.version, self.also, self.curves = metric, version, also, curves
         self.pool = ThreadPoolExecutor(jobs)
         threads = max(1, (os.cpu_count() or 1) // jobs)
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _path()}
@@ -233,7 +261,9 @@ class Trainer:
             )
         seconds = round(time.monotonic() - begun, 1)
         record: dict[str, Any] = {"command": cell.command[1:], "version": self.version, "seconds": seconds}
-        record["values"] = last_values(cell.folder, [self.metric, *self.also])
+        record["values"] = last_values(cell.folder, [self.metric, *self.also, *self.curves])
+        if self.curves:
+            record["curves"] = read_curves(cell.folder, self.curves)
         for metric in (self.metric, *self.also):
             if not math.isfinite(found := value(record, metric)):
                 raise CellFailed(f"{cell.arm}, seed {cell.seed}: {metric} is {found} (see {cell.folder})")
@@ -294,8 +324,8 @@ def run_claim(
     version = source_version()
     wanted = cells(claim, out.parent if claim.part else out)
     accepted = None if report_only else version
-    metrics = [claim.metric, *claim.also]
-    records = {(c.arm, c.seed): r for c in wanted if (r := done(c, accepted, metrics)) is not None}
+    metrics, curves = columns(claim)
+    records = {(c.arm, c.seed): r for c in wanted if (r := done(c, accepted, metrics, curves)) is not None}
     missing = [c for c in wanted if (c.arm, c.seed) not in records]
     if report_only and missing:
         first = f"{missing[0].arm}, seed {missing[0].seed}"
@@ -306,15 +336,28 @@ def run_claim(
     if records:
         say(f"{len(records)} of {len(wanted)} cells are trained already")
     if missing:
-        records |= Trainer(min(jobs, len(missing)), claim.metric, version, claim.also).all(missing, say)
+        records |= Trainer(min(jobs, len(missing)), metrics[0], version, metrics[1:], curves).all(missing, say)
+
+    def number(arm: str, seed: int, metric: str) -> float:
+        if not metric.startswith(STEPS_TO):
+            return value(records[arm, seed], metric)
+        name = metric.removeprefix(STEPS_TO)
+        own, base = (records[each, seed]["curves"][name] for each in (arm, claim.baseline))
+        return steps_to(own, base[-1][1], falling=base[-1][1] <= base[0][1])
 
     def of(metric: str) -> dict[str, dict[int, float]]:
-        return {arm: {seed: value(records[arm, seed], metric) for seed in claim.seeds} for arm in claim.arms}
+        return {arm: {seed: number(arm, seed, metric) for seed in claim.seeds} for arm in claim.arms}
 
     results, also = of(claim.metric), {metric: of(metric) for metric in claim.also}
     differences = compare(claim, results)
     text = table(claim, results, differences, also)
     plot(claim, results, differences, out / "plot.png", also)
+    if claim.curves:
+        drawn = {
+            metric: {arm: [records[arm, seed]["curves"][metric] for seed in claim.seeds] for arm in claim.arms}
+            for metric in claim.curves
+        }
+        plot_curves(claim, drawn, out / "curves.png")
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     result = {
         "recipe": claim.name,

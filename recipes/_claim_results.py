@@ -31,7 +31,9 @@ class Claim:
     ``metric`` is a column of metrics.csv, better when larger (``direction: max``) or smaller (``min``). ``shared`` are
     arguments of all arms. The claim holds if the technique beats the baseline by more than ``margin``, on average over
     the seeds; a negative margin is what it may lose. ``also`` are metrics that are shown and not judged (``seconds``:
-    of the training, with as many beside it as ``--jobs`` says).
+    of the training, with as many beside it as ``--jobs`` says). A metric ``steps to <metric>`` is the step at which an
+    arm's curve first reaches what the baseline's has at the end, with the same seed; its last step where it never does.
+    ``curves`` are metrics that are drawn over the steps.
     """
 
     recipe: str
@@ -45,11 +47,38 @@ class Claim:
     margin: float = 0.0
     shared: list[str] = field(default_factory=list)
     also: list[str] = field(default_factory=list)
+    curves: list[str] = field(default_factory=list)
     part: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.recipe}/{self.part}" if self.part else self.recipe
+
+
+# ---------------------------------------------------------------------- curves
+
+STEPS_TO = "steps to "
+Curve = Sequence[Sequence[float]]
+
+
+def steps_to(curve: Curve, target: float, falling: bool = True) -> float:
+    """The step at which a curve of (step, value) first reaches a value, between its points by a straight line.
+
+    Where it never does: its last step, which is too few.
+
+    Args:
+        curve: at least one point, in the order of the steps.
+        target: the value.
+        falling: whether it is reached from above.
+    """
+    sign = 1.0 if falling else -1.0
+    gaps = [(float(step), sign * (float(value) - target)) for step, value in curve]
+    if gaps[0][1] <= 0:
+        return gaps[0][0]
+    for (before, above), (after, below) in zip(gaps, gaps[1:], strict=False):
+        if below <= 0:
+            return before + (after - before) * above / (above - below)
+    return gaps[-1][0]
 
 
 # ---------------------------------------------------------------------- statistics
@@ -93,7 +122,8 @@ class Difference:
     verdict: str
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        digits = 0 if max(abs(self.low), abs(self.high)) >= 100 else 4
+        return f"{self.mean:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
 def compare(claim: Claim, results: dict[str, dict[int, float]]) -> list[Difference]:
@@ -126,7 +156,7 @@ def _also(claim: Claim, also: dict[str, Results]) -> list[str]:
     """A table of the metrics that aren't judged: mean and standard deviation of each arm."""
     lines = [f"| arm | {' | '.join(f'`{metric}`' for metric in also)} |", "| -- " * (len(also) + 1) + "|"]
     for arm in claim.arms:
-        places = {metric: 0 if metric == "seconds" else 3 for metric in also}
+        places = {metric: 0 if metric == "seconds" or metric.startswith(STEPS_TO) else 3 for metric in also}
         pairs = {m: mean_and_sd([values[arm][seed] for seed in claim.seeds]) for m, values in also.items()}
         lines.append(
             f"| {arm} | {' | '.join(f'{a:.{places[m]}f} ± {b:.{places[m]}f}' for m, (a, b) in pairs.items())} |"
@@ -143,7 +173,8 @@ def table(
     for name in claim.arms:
         values = [results[name][seed] for seed in claim.seeds]
         mean, sd = mean_and_sd(values)
-        rows.append([name, *(f"{v:.3f}" for v in values), f"{mean:.3f}", f"{sd:.3f}"])
+        digits = 0 if claim.metric.startswith(STEPS_TO) else 3
+        rows.append([name, *(f"{v:.{digits}f}" for v in [*values, mean, sd])])
     lines = [
         f"Claim: {claim.claim}",
         "",
@@ -223,6 +254,37 @@ def plot(
     figure.savefig(file, dpi=130)
 
 
+def plot_curves(claim: Claim, curves: dict[str, dict[str, list[Curve]]], file: Path) -> None:
+    """A panel for each metric: its mean over the seeds at each step, a line for each arm, the seeds' range shaded.
+
+    Args:
+        curves: metric to arm to the curves of its seeds.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8 * len(curves), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (metric, arms) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for arm, seeds in arms.items():
+            common = sorted(set.intersection(*({float(step) for step, _ in curve} for curve in seeds)))
+            rows = [[value for step, value in curve if float(step) in common] for curve in seeds]
+            columns = list(zip(*rows, strict=True))
+            (line,) = axis.plot(common, [math.fsum(c) / len(c) for c in columns], label=arm, linewidth=1.3)
+            axis.fill_between(
+                common, list(map(min, columns)), list(map(max, columns)), color=line.get_color(), alpha=0.1
+            )
+        if all(value > 0 for seeds in arms.values() for curve in seeds for _, value in curve):
+            axis.set_yscale("log")
+        axis.set_xlabel("step")
+        axis.set_title(metric, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{claim.name}: mean and range of {len(claim.seeds)} seeds", fontsize=11)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+
+
 def _bars(axis: Any, arms: Sequence[str], seeds: Sequence[int], metrics: dict[str, Results]) -> None:
     """Means of all metrics side by side for each arm, with standard deviations."""
     width = 0.8 / len(metrics)
@@ -243,7 +305,8 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         "| -- | -- | -- | -- | -- | -- | -- |",
     ]
     for r in results:
-        means = ", ".join(f"{arm} {math.fsum(v.values()) / len(v):.3f}" for arm, v in r["results"].items())
+        digits = 0 if r["metric"].startswith(STEPS_TO) else 3
+        means = ", ".join(f"{arm} {math.fsum(v.values()) / len(v):.{digits}f}" for arm, v in r["results"].items())
         seeds = len(next(iter(r["results"].values())))
         gain = r["differences"][0]["text"]
         lines.append(

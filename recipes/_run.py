@@ -38,6 +38,7 @@ _NOISE = (
     r"`LightningModule.configure_optimizers` returned `None`",  # of what has nothing to train, as was asked for
     r".*LeafSpec.*is deprecated",  # Lightning 2.6.6 on torch >= 2.9
     r".*does not have many workers",
+    r"You have overridden `on_after_batch_transfer` in `LightningModule`",  # that is where the recipe draws its noise
     r".*LightningCLI's args parameter",
     r".*is smaller than the logging interval",
     r".*your dataloader is not resumable",  # the order of the data is in the DataModule's state

@@ -40,6 +40,7 @@ from recipes._run import quiet
 from recipes.adversarial_training import AdversarialTrainer
 from recipes.classifier import Classifier
 from recipes.coprompt import CoPrompt
+from tests.benchmark_skips import skip_table
 
 # ---------------------------------------------------------------------- what is measured on
 
@@ -499,7 +500,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small network and few steps, to see that it works")
     parser.add_argument("--steps", type=int, default=30, help="pairs of steps for each row")
-    parts = ("all", "loop", "adversarial", "prompts")
+    parts = ("all", "loop", "adversarial", "prompts", "skips")
     parser.add_argument("--part", choices=parts, default="all", help="which of the tables")
     args = parser.parse_args(argv)
     net, batch, size, n = ("resnet10t", 8, 32, 3) if args.quick else ("resnet18", 64, 64, args.steps)
@@ -520,6 +521,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with quiet(), tempfile.TemporaryDirectory() as folder:
             os.environ["XDG_CACHE_HOME"] = folder  # sentences of random weights aren't worth keeping
             prompt_table(4, n, clips)
+    if args.part in ("all", "skips"):
+        names = ["small U-ViT", "small U-Net"] if args.quick else ["U-ViT-S/2", "U-Net"]
+        batch, n = (2, 2) if args.quick else (4, max(args.steps // 2, 3))
+        where = f"batch {batch}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+        print(f"\n{where}; median (quartiles) of {n} pairs")
+        with quiet():
+            skip_table(names, n, batch, shown)
     return 0
 
 
