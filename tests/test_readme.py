@@ -9,8 +9,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from recipes._cli import HOME, run
 from tests.laws import laws
@@ -67,6 +69,18 @@ def test_the_example_obeys_the_laws(folder: Path, tmp_path: Path) -> None:
 def test_the_example_is_short() -> None:
     assert EXAMPLE is not None
     assert len([line for line in EXAMPLE[2].splitlines() if line.strip()]) <= 30
+
+
+def test_the_example_of_a_users_own_network_runs_as_typed() -> None:
+    block = re.search(r"your own if it names\nthem:\n\n```python\n(.*?)```", TEXT, re.S)
+    assert block is not None
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(block[1], names)
+    torch.manual_seed(0)
+    plain, folded = names["Mine"]().backbone.up.weight, names["module"].backbone.up.weight
+    assert not names["module"].backbone.skip._forward_hooks
+    assert torch.equal(folded[:, :8], plain[:, :8]) and torch.allclose(folded[:, 8:], 0.5**0.5 * plain[:, 8:])
 
 
 def test_links_and_pictures_of_the_readme_exist() -> None:

@@ -22,6 +22,7 @@ from recipes._claim import (
     last_values,
     read,
     run_claim,
+    steps_to,
     summary,
     t_interval,
     verdict,
@@ -45,7 +46,8 @@ seed = int(value("--seed_everything"))
 with (folder / "metrics.csv").open("w", newline="") as f:
     rows = csv.writer(f)
     value = "nan" if "--nan" in words else 0.5 + 0.01 * seed + gain * (1 + 0.1 * seed)
-    rows.writerows([["step", "val/acc", "test/acc"], [1, 0.3, ""], [2, "", value], [3, 0.4, ""]])
+    rows.writerows([["step", "val/acc", "test/acc", "val/loss"], [1, 0.3, "", 1.0], [2, "", value, ""]])
+    rows.writerows([[3, 0.4, "", 0.8 - gain], [5, "", "", 0.4 - gain]])
 count = folder.parent.parent / "count"
 count.write_text(count.read_text() + "x" if count.exists() else "x")
 """
@@ -140,6 +142,35 @@ def test_a_claim_is_run_recorded_and_not_run_again(fake: Path) -> None:
     row = summary([{**result, "minutes": 12.4}]).splitlines()
     assert row[2].startswith("| fake | ours is better |") and row[2].endswith("| 5 | **supported** | 12 |")
     assert row[0].count("|") == row[1].count("|") == row[2].count("|")
+
+
+@pytest.mark.parametrize(
+    ("curve", "target", "falling", "wanted"),
+    [
+        ([[0, 4.0], [10, 2.0], [20, 1.0]], 3.0, True, 5.0),
+        ([[0, 4.0], [10, 2.0], [20, 1.0]], 1.0, True, 20.0),
+        ([[0, 4.0], [10, 2.0], [20, 1.0]], 9.0, True, 0.0),
+        ([[0, 4.0], [10, 2.0], [20, 3.0]], 1.0, True, 20.0),  # never: its last step
+        ([[0, 0.0], [4, 1.0], [8, 0.0]], 0.5, False, 2.0),  # the first time counts
+    ],
+)
+def test_steps_to(curve: list[list[float]], target: float, falling: bool, wanted: float) -> None:
+    assert steps_to(curve, target, falling) == pytest.approx(wanted)
+
+
+def test_a_metric_can_be_the_steps_to_the_baselines_last_value(fake: Path) -> None:
+    stated = claim(metric="steps to val/loss", direction="min", also=["val/loss"], curves=["val/loss", "val/acc"])
+    result = run_claim(stated, fake / "out", 2, lambda _: None)
+    assert set(result["results"]["plain"].values()) == {5.0}  # its own end
+    # from (3, 0.7) to (5, 0.3), to where the baseline ends: 0.4
+    assert result["results"]["ours"][1] == pytest.approx(3 + 2 * 0.3 / 0.4) and result["verdict"] == "supported"
+    assert (fake / "out" / "curves.png").stat().st_size > 5000
+    assert "`steps to val/loss`" in (fake / "out" / "table.md").read_text()
+    counts = [f.read_text() for f in (fake / "out").rglob("count")]
+    run_claim(stated, fake / "out", 2, lambda _: None)
+    assert counts == ["x"] * 15 == [f.read_text() for f in (fake / "out").rglob("count")]
+    with pytest.raises(_claim.ClaimError, match="no 'val/other'"):
+        run_claim(claim(metric="steps to val/other"), fake / "out", 2, lambda _: None)
 
 
 def test_claims_of_a_recipe_share_the_arms_that_they_have_in_common(
