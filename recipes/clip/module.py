@@ -137,7 +137,7 @@ class Contrastive(LightningModule):
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """(N, D) of length 1."""
-        return F.normalize(self.clip.encode_text(self.tokenize(texts).to(self.device)).float(), dim=-1)
+        return F.normalize(self.clip.encode_text(self.tokenize(texts).to(self.clip.logit_scale.device)).float(), dim=-1)
 
     def forward(self, image: Tensor) -> Tensor:
         """Zero-shot logits (B, classes) of images (B, 3, H, W) in [0, 1]."""

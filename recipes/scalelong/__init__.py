@@ -6,7 +6,7 @@ Perturbs: the long skip connections of a U-Net or U-ViT
 Plugs in: `LongSkipScaling` (modes cs, sqrt2, ls, ls_unshared), on any U-Net
 Claim: with scaled connections training reaches the same loss in fewer steps
 Data: 10,000 handwritten digits
-Run time: about three minutes on two cores
+Run time: about two minutes on two cores
 Command: python -m recipes.scalelong fit
 """
 

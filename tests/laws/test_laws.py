@@ -55,7 +55,7 @@ def test_what_is_apart_says_so() -> None:
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("recipe", "name"), [(r, t) for r, t in PAIRS if r in ("classifier", "scalelong")])
+@every
 def test_attaching_goes_by_where_the_weights_are(recipe: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU Lightning says that the module is there before its weights are."""
     module, runner = cells.recipe(recipe), cells.trainer(max_epochs=0)
