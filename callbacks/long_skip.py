@@ -27,10 +27,8 @@ Where paper and released code (a U-ViT alone) differ, or something is easily got
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
@@ -38,8 +36,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from callbacks.layers import backbone_of
-from callbacks.perturbation import Batch, Perturbation, crafting, device_of, techniques_of
+from callbacks.perturbation import Batch, Perturbation, device_of, techniques_of
 from callbacks.report import new_figure, save_figure, wanted
+from callbacks.skips import Skip, dtype_of, find_skips, run_example, value_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,9 +46,6 @@ if TYPE_CHECKING:
 __all__ = ["LongSkipScaling", "SkipMonitor", "cs_coefficients", "find_skips"]
 
 Mode = Literal["none", "sqrt2", "cs", "ls", "ls_unshared"]
-#: Names under which decoder blocks take their connections: diffusers' (a tuple, the deepest last), segmentation
-#: networks' and diffusion transformers'.
-ARGUMENTS = ("res_hidden_states_tuple", "skip_connection", "skip")
 #: r of the gates: how much narrower their hidden layer is (the released code's).
 REDUCTION = 16
 
@@ -96,167 +92,6 @@ class SkipGate(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         return u * self.coefficient(u).to(u.dtype)
-
-
-# ---------------------------------------------------------------------- where the connections are
-
-
-@dataclass(frozen=True)
-class Skip:
-    """One long skip connection, as the decoder receives it.
-
-    Attributes:
-        level: i, 1 is the outermost.
-        name: of the layer that receives it.
-        layer: that layer.
-        argument: name and position of the argument of its ``forward``; None: the connection is what comes out of it.
-        item: position in the argument, where that is a tuple.
-        shape: of the connection, for the module's example.
-        reader: name of the layer that reads it, joined with the decoder's features; None if there is none with weights.
-    """
-
-    level: int
-    name: str
-    layer: nn.Module = field(repr=False, compare=False)
-    argument: tuple[str, int] | None
-    item: int | None
-    shape: torch.Size
-    reader: str | None = None
-
-
-def _argument(layer: nn.Module) -> tuple[str, int] | None:
-    """Under which name, and where, a layer's ``forward`` takes connections."""
-    taken = list(inspect.signature(layer.forward).parameters)
-    return next(((name, taken.index(name)) for name in ARGUMENTS if name in taken), None)
-
-
-def _value(argument: tuple[str, int], args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-    name, place = argument
-    return named[name] if name in named else args[place] if place < len(args) else None
-
-
-def _receivers(module: nn.Module, layers: Sequence[str] | None) -> dict[str, tuple[nn.Module, tuple[str, int] | None]]:
-    """Layers that receive connections, and as which argument, by name; in no order that matters."""
-    backbone = backbone_of(module)
-    names = dict(backbone.named_modules())
-    named = layers if layers is not None else getattr(backbone, "long_skips", None)
-    if named is not None:
-        for name in named:
-            if name not in names or not name:
-                here = ", ".join(n for n in names if n and n.count(".") < 2)
-                raise ValueError(f"no layer '{name}' in the backbone {type(backbone).__name__}. Layers: {here}")
-        chosen = {name: names[name] for name in named}
-    else:
-        chosen = {n: m for n, m in names.items() if _argument(m) is not None}
-        outer = {n for n in chosen if any(other.startswith(f"{n}.") for other in chosen)}
-        chosen = {n: m for n, m in chosen.items() if n not in outer}  # a whole decoder only hands them on
-    return {name: (layer, _argument(layer)) for name, layer in chosen.items()}
-
-
-def _dtype(module: LightningModule) -> torch.dtype:
-    """Of the backbone's weights: Lightning's ``module.dtype`` stays float32 where only a part was cast."""
-    return next((p.dtype for p in backbone_of(module).parameters() if p.is_floating_point()), torch.float32)
-
-
-def _run_example(module: LightningModule) -> None:
-    example = module.example_input_array
-    if example is None:
-        raise ValueError(
-            f"{type(module).__name__} needs example_input_array: its connections are found by a forward pass"
-        )
-    moved = torch.utils._pytree.tree_map_only(
-        Tensor, lambda x: x.to(device_of(module), _dtype(module) if x.is_floating_point() else x.dtype), example
-    )
-    with crafting(module, "eval"), torch.no_grad():
-        if isinstance(moved, Mapping):
-            module(**moved)
-        elif isinstance(moved, tuple):
-            module(*moved)
-        else:
-            module(moved)
-
-
-def find_skips(module: LightningModule, layers: Sequence[str] | None = None) -> list[Skip]:
-    """The long skip connections of a module's backbone, the outermost (level 1) first.
-
-    They are found by one forward pass of ``example_input_array``: a decoder uses the deepest connection first. Known
-    are U-Nets of diffusers (every ``up_blocks`` block takes a tuple), blocks that take ``skip`` or ``skip_connection``
-    (segmentation networks, diffusion transformers), networks with an attribute ``long_skips`` (names of the layers
-    through which the connections pass, as :class:`recipes.scalelong.uvit.UViT` has it), and layers that are named.
-
-    Args:
-        module: its ``backbone``, or all of it.
-        layers: names in the backbone, the outermost first: of blocks that take the connection as an argument, or of
-            layers (``nn.Identity``) through which it passes.
-
-    Raises:
-        ValueError: if there are none, or the layers aren't used from the deepest to the outermost.
-    """
-    receivers = _receivers(module, layers)
-    backbone = backbone_of(module)
-    used: list[Skip] = []
-    readers: dict[int, str] = {}
-    waiting: list[int] = []  # of used: those whose reader is still to come
-
-    def note(name: str, layer: nn.Module, argument: tuple[str, int] | None, value: Any) -> None:
-        tensors = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
-        for item in reversed(range(len(tensors))):  # the last of a tuple is used first
-            place = item if isinstance(value, (tuple, list)) else None
-            if not isinstance(tensors[item], Tensor) or tensors[item].dim() < 3:
-                raise ValueError(f"what '{name}' receives is no map (B, C, H, W) and no tokens (B, L, D)")
-            if any(s.name == name and s.item == place for s in used):
-                raise ValueError(f"'{name}' receives connections twice in one forward pass: name other layers")
-            used.append(Skip(0, name, layer, argument, place, tensors[item].shape))
-            resnets = getattr(layer, "resnets", None)
-            if place is None:
-                waiting.append(len(used) - 1)
-            elif isinstance(resnets, nn.ModuleList) and len(resnets) == len(tensors):
-                readers[len(used) - 1] = f"{name}.resnets.{len(tensors) - 1 - item}"
-
-    def receive(name: str, argument: tuple[str, int]) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: Any, named: Any) -> None:
-            note(name, layer, argument, _value(argument, args, named))
-
-        return hook
-
-    def passed(name: str) -> Callable[..., None]:
-        return lambda layer, args, output: note(name, layer, None, output)
-
-    def read(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: Any) -> None:
-            while waiting:
-                readers[waiting.pop()] = name
-
-        return hook
-
-    handles: list[Any] = []
-    for name, (layer, argument) in receivers.items():
-        if argument is None:
-            handles.append(layer.register_forward_hook(passed(name)))
-        else:
-            handles.append(layer.register_forward_pre_hook(receive(name, argument), with_kwargs=True))
-    for name, layer in backbone.named_modules():
-        if next(layer.parameters(recurse=False), None) is not None and name not in receivers:
-            handles.append(layer.register_forward_pre_hook(read(name)))
-    try:
-        if receivers:
-            _run_example(module)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not used:
-        raise ValueError(
-            f"no long skip connections found in {type(backbone).__name__}: name the layers that receive them, "
-            "the outermost first (layers=[...])"
-        )
-    used = [replace(skip, level=len(used) - i, reader=readers.get(i)) for i, skip in enumerate(used)]
-    if layers is not None or hasattr(backbone, "long_skips"):
-        order = list(dict.fromkeys(skip.name for skip in reversed(used)))
-        if order != list(receivers):
-            raise ValueError(
-                f"connections must be named from the outermost to the deepest; a forward pass uses {', '.join(order)}"
-            )
-    return used[::-1]
 
 
 # ---------------------------------------------------------------------- the technique
@@ -324,7 +159,7 @@ class LongSkipScaling(Perturbation):
         there: dict[str, Any] = dict(own[self.name].items()) if self.name in own else {}  # type: ignore[operator]
         if {key: gate.size for key, gate in there.items()} != sizes:
             made = nn.ModuleDict({key: SkipGate(size) for key, size in sizes.items()})
-            own[self.name] = made.to(device_of(module), _dtype(module)).train(module.training)
+            own[self.name] = made.to(device_of(module), dtype_of(module)).train(module.training)
         gates: Any = own[self.name]
         self.scales = [gates[key] for key in keys]
 
@@ -357,14 +192,14 @@ class LongSkipScaling(Perturbation):
                     continue
                 reader, channels = names.get(skip.reader or ""), skip.shape[-1 if len(skip.shape) == 3 else 1]
                 linear = isinstance(reader, (nn.Linear, nn.Conv2d)) and getattr(reader, "groups", 1) == 1
-                if not linear or reader.weight.shape[1] <= channels:  # type: ignore[union-attr]
+                if not linear or reader.weight.shape[1] < channels:  # type: ignore[union-attr]
                     kind = type(reader).__name__ if reader is not None else "nothing with weights"
                     raise ValueError(
                         f"connection {skip.level} is read by {skip.reader} ({kind}), which isn't linear in it: "
                         "the constants can't be folded; leave the technique on, it costs next to nothing"
                     )
                 scaled.append((reader.weight, channels, float(scale)))  # type: ignore[union-attr, arg-type]
-            before = _outputs(module)
+            before, kept = _outputs(module), [weight.detach().clone() for weight, _, _ in scaled]
             self.detach(module)
             with torch.no_grad():
                 for weight, channels, constant in scaled:  # joined as (main, skip), as everybody does
@@ -372,10 +207,11 @@ class LongSkipScaling(Perturbation):
             for old, new in zip(before, _outputs(module), strict=True):
                 if not torch.allclose(old, new, rtol=1e-3, atol=1e-4 * float(old.abs().max().clamp_min(1e-6))):
                     with torch.no_grad():
-                        for weight, channels, constant in scaled:
-                            weight[:, -channels:] /= constant
+                        for (weight, _, _), saved in zip(scaled, kept, strict=True):
+                            weight.copy_(saved)
                     raise ValueError(
-                        "folding would change the outputs: the layer behind isn't linear in the connection"
+                        "folding would change the outputs: what is behind a connection isn't linear in it; leave the "
+                        "technique on, it costs next to nothing"
                     )
         except ValueError:
             self.detach(module)
@@ -402,7 +238,7 @@ def _scale_output(scale: float | SkipGate, layer: nn.Module, args: Any, output: 
 def _scale_argument(
     argument: tuple[str, int], scales: dict[Any, Any], layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
 ) -> Any:
-    value = _value(argument, args, named)
+    value = value_of(argument, args, named)
     if value is None:
         return None
     if isinstance(value, Tensor):
@@ -420,16 +256,9 @@ def _outputs(module: LightningModule) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def noise(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x.to(device_of(module))
-        return torch.randn(x.shape, generator=generator).to(device_of(module), _dtype(module))
+        return torch.randn(x.shape, generator=generator) if x.is_floating_point() else x
 
-    example = torch.utils._pytree.tree_map_only(Tensor, noise, module.example_input_array)
-    with crafting(module, "eval"), torch.no_grad():
-        if isinstance(example, Mapping):
-            output = module(**example)
-        else:
-            output = module(*example) if isinstance(example, tuple) else module(example)
+    output = run_example(module, torch.utils._pytree.tree_map_only(Tensor, noise, module.example_input_array))
     return [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
 

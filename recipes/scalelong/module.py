@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
@@ -63,6 +63,8 @@ from recipes.scalelong.sampling import (
     vp_sigma,
     vp_time,
 )
+from recipes.scalelong.texts import Texts
+from recipes.scalelong.unet import UNet
 from recipes.scalelong.uvit import UViT
 
 log = logging.getLogger(__name__)
@@ -72,27 +74,6 @@ P_MEAN, P_STD, SIGMA_DATA = -1.2, 1.2, 0.5
 T_MIN = 1e-5
 #: Parts into which noise levels are divided where the loss is shown by level.
 BINS = 10
-#: Of what training and validation draw for an example.
-_PURPOSES = ("noise", "time", "keep")
-
-
-class UNet(nn.Module):
-    """``diffusers.UNet2DModel`` with U-ViT's signature; arguments are the model's own."""
-
-    def __init__(self, image_size: int, in_chans: int, num_classes: int, **options: Any) -> None:
-        super().__init__()
-        try:
-            from diffusers import UNet2DModel
-        except ImportError:
-            raise ValueError('network unet needs diffusers: pip install -e ".[diffusion]"') from None
-        own = {"sample_size": image_size, "in_channels": in_chans, "out_channels": in_chans}
-        unet: Any = UNet2DModel(**own, num_class_embeds=num_classes or None, **options)  # type: ignore[arg-type]
-        self.unet, downs = unet, len(unet.down_blocks)
-        #: For techniques on features: one layer of each resolution of the encoder.
-        self.feature_info = [{"module": f"unet.down_blocks.{i}.resnets.0"} for i in range(downs)]
-
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        return self.unet(x, time, class_labels=label).sample
 
 
 class LevelLoss(Metric):
@@ -215,14 +196,14 @@ class Diffusion(LightningModule):
         self.text: Any = Texts(text_encoder) if text_encoder else None
         labels = num_classes + 1 if conditional else 0  # the last: no label
         options = dict(network_args or {})
-        if network == "uvit":
-            if self.text is not None:
-                options |= {"context_dim": self.text.width, "context_tokens": self.text.length}
-            self.backbone = UViT(image_size, in_chans, num_classes=labels, **options)
-        elif network == "unet":
-            self.backbone = UNet(image_size, in_chans, labels, **options)
-        else:
+        if network not in ("uvit", "unet"):
             raise ValueError(f"network must be uvit or unet, not '{network}'")
+        if self.text is not None:
+            options |= {"context_dim": self.text.width, "context_tokens": self.text.length}
+        try:
+            self.backbone = (UViT if network == "uvit" else UNet)(image_size, in_chans, num_classes=labels, **options)
+        except TypeError as error:  # an argument that isn't one
+            raise ValueError(f"network_args don't suit {network}: {error}") from error
         self.example_input_array = torch.zeros(2, *self.shape)
         self.val_loss, self.test_loss = LevelLoss(), LevelLoss()
         features = DigitFeatures() if quality == "digits" else InceptionFeatures(inception)
@@ -527,45 +508,6 @@ class Diffusion(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         clip_groups(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-
-class Texts:
-    """The hidden states of texts in a frozen CLIP text model of Hugging Face; no part of the module or its checkpoints.
-
-    Args:
-        folder: with the model and its tokenizer.
-
-    Raises:
-        ValueError: without transformers, or if there is no such model.
-    """
-
-    def __init__(self, folder: str) -> None:
-        try:
-            from transformers import AutoTokenizer, CLIPTextModel
-        except ImportError:
-            raise ValueError('texts need transformers: pip install -e ".[diffusion]"') from None
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = CLIPTextModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{folder} holds no CLIP text model with its tokenizer ({' '.join(str(error).split())[:150]}): "
-                "fetch openai/clip-vit-large-patch14 from huggingface.co"
-            ) from None
-        self.width, self.length = self.model.config.hidden_size, self.model.config.max_position_embeddings
-        self.nothing = self([""], torch.device("cpu"))
-
-    @torch.no_grad()
-    def __call__(self, texts: Sequence[str], device: torch.device) -> Tensor:
-        """(N, tokens, width), float32."""
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
-        self.model.to(device)
-        with torch.autocast(device.type, enabled=False):
-            found = self.model(tokens.input_ids.to(device)).last_hidden_state
-        self.nothing = self.nothing.to(device) if hasattr(self, "nothing") else found
-        return found
 
 
 def _bytes(images: Tensor) -> Tensor:

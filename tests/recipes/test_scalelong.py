@@ -332,6 +332,7 @@ def test_sizes_that_do_not_divide(arguments: dict[str, int]) -> None:
     [
         ({"objective": "flow"}, "objective must be ddpm or edm"),
         ({"network": "dit"}, "network must be uvit or unet"),
+        ({"network_args": {"dims": 3}}, "network_args don't suit uvit: .*'dims'"),
         ({"label_dropout": 1.0}, "label_dropout must lie in"),
         ({"num_samples": 0}, "numbers of samples and steps must be at least 1"),
         ({"guidance": 1.0}, "guidance needs a condition that training hides"),
