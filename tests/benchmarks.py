@@ -523,7 +523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompt_table(4, n, clips)
     if args.part in ("all", "skips"):
         names = ["small U-ViT", "small U-Net"] if args.quick else ["U-ViT-S/2", "U-Net"]
-        batch, n = (2, 2) if args.quick else (4, max(args.steps // 2, 3))
+        batch, n = (2, 2) if args.quick else (1, max(args.steps // 6, 3))
         where = f"batch {batch}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
         print(f"\n{where}; median (quartiles) of {n} pairs")
         with quiet():
