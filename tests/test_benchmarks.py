@@ -17,9 +17,18 @@ def test_the_quick_benchmark_prints_every_row(capsys: pytest.CaptureFixture[str]
     assert benchmarks.main(["--quick"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     rows = [line for line in lines if not line.startswith(("| step", "| --", "| CoPrompt's"))]
-    assert len(rows) == 8 + len(benchmarks.ADVERSARIAL) + 1
+    assert len(rows) == 8 + len(benchmarks.ADVERSARIAL) + 1 + 2
     for row in rows:
         assert all(0.02 < float(value) < 200 for value in re.findall(r"\d+\.\d+", row)), row
+
+
+def test_the_published_attention_is_that_of_ours() -> None:
+    from tests.benchmark_skips import diffusion
+
+    ours, theirs = (diffusion("small U-ViT", "cpu", published=published) for published in (False, True))
+    x, time = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 900.0])
+    assert type(ours.backbone.mid_block.attn) is not type(theirs.backbone.mid_block.attn)
+    torch.testing.assert_close(ours(x, time), theirs(x, time), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("learned", [True, False])

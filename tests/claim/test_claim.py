@@ -201,9 +201,9 @@ def test_claims_of_a_recipe_share_the_arms_that_they_have_in_common(
     assert _claim.main(["fake/part", "--out", str(fake / "out")]) == 0
     assert "| fake | one |" not in capsys.readouterr().out
     assert {f.read_text() for f in (fake / "out").rglob("count")} == {"x"}
-    (folder / "claim_part.yaml").write_text(yaml.safe_dump({**part, "also": ["val/loss"]}))
+    (folder / "claim_part.yaml").write_text(yaml.safe_dump({**part, "also": ["val/nothing"]}))
     assert _claim.main(["fake/part", "--out", str(fake / "out")]) == 2
-    assert "no 'val/loss' in" in capsys.readouterr().err
+    assert "no 'val/nothing' in" in capsys.readouterr().err
     assert _claim.main(["fake/prt", "--out", str(fake / "out")]) == 2
     assert "did you mean 'fake/part'?" in capsys.readouterr().err
 
