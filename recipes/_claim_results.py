@@ -203,7 +203,7 @@ def plot(
     """Left: every seed of every arm, seeds joined by lines. Then: the differences of the seeds and their intervals.
 
     Right, where there are other metrics: the metric against the first of them, mean and standard deviation; where there
-    are several in the same unit, bars of all of them.
+    are several and all are shares, bars of all of them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -235,7 +235,8 @@ def plot(
     right.set_yticks(range(len(differences)), [f"{d.arm} over {d.over}" for d in reversed(differences)])
     right.set_xlabel(f"gain in {claim.metric}" + (" (smaller is better)" if claim.direction == "min" else ""))
     right.set_title("gain: mean and 95 % interval; below it the single seeds", fontsize=10)
-    several = also is not None and len(also) > 1 and "seconds" not in also
+    shares = [v for each in (results, *(also or {}).values()) for seeds in each.values() for v in seeds.values()]
+    several = also is not None and len(also) > 1 and all(0 <= v <= 1 for v in shares)  # bars in one unit
     if also and several:
         _bars(more[0], arms, claim.seeds, {**also, claim.metric: results})
     for axis, (metric, values) in zip([] if several else more, (also or {}).items(), strict=False):
