@@ -42,8 +42,8 @@ _OTHERS = frozenset(
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/perturbation-recipes/latents``, below ``~/.cache`` where that isn't set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perturbation-recipes" / "latents"
+    """``$XDG_CACHE_HOME/perturbation-recipes``, below ``~/.cache`` where that isn't set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perturbation-recipes"
 
 
 # ---------------------------------------------------------------------- the autoencoder
@@ -199,7 +199,7 @@ class Latents(ImageDataModule):
                 f"latents can't be shifted or transformed: set translate of {name} to 0, and leave its transform out"
             )
         self.data, self.vae = data, str(Path(vae).expanduser())
-        self.cache = cache_folder() if cache is None else Path(cache).expanduser()
+        self.cache = cache_folder() / "latents" if cache is None else Path(cache).expanduser()
         self._autoencoder = read_config(Path(self.vae))
         factor, channels = self._autoencoder.factor, self._autoencoder.in_channels
         if data.image_size % factor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,16 +16,13 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from datamodules.latents import cache_folder
+
 log = logging.getLogger(__name__)
 #: Sentences that are encoded at a time.
 CHUNK = 256
 #: From so many on it is announced.
 MANY = 1024
-
-
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/perturbation-recipes``, below ``~/.cache`` where that isn't set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perturbation-recipes"
 
 
 @torch.no_grad()

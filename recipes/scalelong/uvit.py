@@ -141,10 +141,6 @@ class UViT(nn.Module):
         """Names of the layers through which the connections pass, the outermost first."""
         return [f"skips.{i}" for i in range(len(self.skips))]
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the paper's authors meant to leave without weight decay."""
-        return {"pos_embed"}
-
     def _block(self, block: nn.Module, *tokens: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *tokens, use_reentrant=False)
