@@ -168,9 +168,10 @@ class RecipeCLI(LightningCLI):
                 if verb != "fit" and (shape := self._shape(model)):
                     yaml.safe_dump({"model": shape}, shaping)
                     shaping.flush()
-                    last = max((i for i, word in enumerate(argv[:-1]) if word in ("-c", "--config")), default=-2) + 2
-                    last = max(last, *(i + 1 for i, w in enumerate(argv) if w.startswith(("-c=", "--config="))), 0)
-                    argv = [*argv[:last], "--config", shaping.name, *argv[last:]]
+                    place = 0  # behind the configs, which come first, and before the flags
+                    while place < len(argv) and argv[place].partition("=")[0] in ("-c", "--config"):
+                        place += 1 if "=" in argv[place] else 2
+                    argv = [*argv[:place], "--config", shaping.name, *argv[place:]]
             super().__init__(
                 model,
                 LightningDataModule,
