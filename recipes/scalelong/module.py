@@ -18,6 +18,8 @@ Where the released code differs, or something isn't said:
 * ``min_snr`` caps the weight that the loss puts on the squared error *of the image* (arXiv 2303.09556, eq. 6): that is
   ``1 / sigma ** 2`` of noise prediction, ``1 / sigma ** 2 + 1 / sigma_data ** 2`` of EDM.
 * Validation, samples and tests use the averaged weights where Lightning's ``EMAWeightAveraging`` is a callback.
+* The image that a sampler predicts on its way is clipped to the range of images; U-ViT's release doesn't, nor do the
+  configs of its protocol.
 * FID is computed against the training images, as the literature does for CIFAR-10. With digits it uses the features of
   a small classifier of digits and is called so: nobody should take it for the FID of Inception's features.
 """
@@ -55,6 +57,7 @@ from recipes.scalelong.quality import DigitFeatures, InceptionFeatures, SampleQu
 from recipes.scalelong.sampling import (
     Objective,
     Sampler,
+    clip_denoised,
     golden,
     preconditioning,
     sample,
@@ -121,6 +124,7 @@ class Diffusion(LightningModule):
         warmup_steps: linear warm-up.
         sampler: ``dpm++``, ``ddim``, ``heun``, or ``euler_maruyama`` (ddpm alone).
         sample_steps: of the sampler.
+        clip_denoised: clip the images that the sampler predicts on its way to [-1, 1]; latents never are.
         guidance: w, of ``noise + w (noise - noise without condition)``; 0: none.
         num_samples: images of ``predict``; the first 64 at most are drawn after each validation, too.
         sample_batch_size: images that are generated at a time.
@@ -160,6 +164,7 @@ class Diffusion(LightningModule):
         warmup_steps: int = 2500,
         sampler: Sampler = "dpm++",
         sample_steps: int = 50,
+        clip_denoised: bool = True,
         guidance: float = 0.0,
         num_samples: int = 64,
         sample_batch_size: int = 256,
@@ -420,14 +425,18 @@ class Diffusion(LightningModule):
             prompts = list(self.hparams["prompts"]) or [""]
             condition["context"] = self.text([prompts[i % len(prompts)] for i in numbers], self.device)
         w = self.hparams["guidance"]
+        bounded = self.hparams["clip_denoised"] and not self.hparams["vae"]
 
-        def predict(x: Tensor, sigma: Tensor) -> Tensor:
-            x = x.to(self.dtype)
+        def guided(x: Tensor, sigma: Tensor) -> Tensor:
             if not w:
                 return self.predict_noise(x, sigma, **condition)
             both = {k: torch.cat([v, self._nothing(v)]) for k, v in condition.items()}
             given, free = self.predict_noise(torch.cat([x, x]), sigma, **both).chunk(2)
             return given + w * (given - free)
+
+        def predict(x: Tensor, sigma: Tensor) -> Tensor:
+            noise = guided(x.to(self.dtype), sigma).float()
+            return clip_denoised(noise, x, sigma.to(x)) if bounded else noise
 
         training = self.training
         self.eval()

@@ -125,6 +125,21 @@ def sample(
     return x
 
 
+def clip_denoised(noise: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    """The noise predicted in states (B, C, H, W) that preserve variance, so that the image it leaves is in [-1, 1].
+
+    Near pure noise a small error of the noise is a large one of the image: ``sqrt(1 + sigma ** 2) x - sigma noise``.
+    (Ho et al., arXiv 2006.11239, clip it likewise.)
+
+    Args:
+        noise: as predicted.
+        x: the states.
+        sigma: their level, a positive scalar.
+    """
+    scaled = (1 + sigma**2).sqrt() * x
+    return (scaled - (scaled - sigma * noise).clamp(-1, 1)) / sigma
+
+
 def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """EDM's c_skip, c_out, c_in and c_noise (table 1) of sigmas of any shape."""
     total = sigma**2 + sigma_data**2

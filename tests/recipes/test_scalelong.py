@@ -207,6 +207,39 @@ def test_samplers_find_a_normal_distribution(sampler: Any, steps: int, objective
         assert float((found - wanted).abs().mean()) < 0.02
 
 
+@given(st.floats(0.002, 150), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_what_is_left_of_a_state_is_an_image(sigma: float, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x, noise = (torch.randn(3, 1, 4, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    noise[0] = (math.sqrt(1 + sigma**2) * x[0] - 0.5) / sigma  # this one's image is 0.5 everywhere
+    found = s.clip_denoised(noise, x, torch.tensor(sigma, dtype=torch.float64))
+    image = math.sqrt(1 + sigma**2) * x - sigma * found
+    wanted = (math.sqrt(1 + sigma**2) * x - sigma * noise).clamp(-1, 1)
+    assert torch.allclose(image, wanted, atol=1e-9)
+    assert torch.allclose(found[0], noise[0], atol=1e-9)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_images_are_clipped_on_the_way_if_asked(clip: bool) -> None:
+    module, asked = make(clip_denoised=clip, sample_steps=5), []
+
+    def predict_noise(x: Tensor, sigma: Tensor) -> Tensor:
+        asked.append((x, float(sigma)))
+        return 0.9 * x
+
+    module.predict_noise = predict_noise  # type: ignore[assignment, method-assign]
+    module.generate(torch.arange(3), seed=1)
+    (before, level), (x, sigma) = asked[:2]
+    implied = (math.sqrt(1 + level**2) - 0.9 * level) * before
+    assert implied.abs().max() > 1  # there was something to clip
+    # dpm++ takes its first step by the first order: towards the image that it was told
+    a, b = 1 / math.sqrt(1 + level**2), 1 / math.sqrt(1 + sigma**2)
+    image = implied.clamp(-1, 1) if clip else implied
+    kept = sigma * b / (level * a)
+    assert torch.allclose(x, kept * before + (b - kept * a) * image, atol=1e-4)
+
+
 def test_samplers_that_do_not_fit_are_one_line() -> None:
     for arguments, said in (
         (("plms", 5, "ddpm"), "sampler must be ddim"),
@@ -478,8 +511,19 @@ def test_latents_are_trained_on_and_decoded(tmp_path: Path, monkeypatch: pytest.
 
 # ---------------------------------------------------------------------- through the command
 
-TINY = ["--model.network_args", "{patch_size: 4, dim: 16, depth: 2, heads: 2}", "--data.train_size", "60"]
-TINY += ["--data.val_size", "20", "--data.batch_size", "20", "--model.sample_steps", "2", "--wandb", "off"]
+TINY = ["--model.network_args", "{patch_size: 4, dim: 16, depth: 2, heads: 2}", "--model.network", "uvit"]
+TINY += [
+    "--data.train_size",
+    "60",
+    "--data.val_size",
+    "20",
+    "--data.batch_size",
+    "20",
+    "--model.sample_steps",
+    "2",
+    "--wandb",
+    "off",
+]
 
 
 @pytest.fixture(scope="module")
@@ -570,7 +614,7 @@ def test_each_mode_by_one_word(mode: str, tmp_path: Path, capsys: pytest.Capture
 def test_a_u_net_and_edm_through_the_command(tmp_path: Path) -> None:
     network = "{block_out_channels: [8, 8], norm_num_groups: 4, layers_per_block: 1, down_block_types: [DownBlock2D, "
     network += "DownBlock2D], up_block_types: [UpBlock2D, UpBlock2D]}"
-    words = [*TINY[2:], "--model.network", "unet", "--model.network_args", network, "--model.objective", "edm"]
+    words = [*TINY[4:], "--model.network", "unet", "--model.network_args", network, "--model.objective", "edm"]
     words += ["--model.sampler", "heun", "--trainer.max_epochs", "1", "--model.test_samples", "8"]
     assert run(MODEL, "scalelong", ["fit", *words, "--trainer.default_root_dir", str(tmp_path)]) == 0
     (folder,) = tmp_path.glob("scalelong/*")
