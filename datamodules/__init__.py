@@ -27,9 +27,13 @@ from datamodules.digits import Digits
 from datamodules.domains import PACS, VLCS, DigitsDG, DomainNet, MiniDomainNet, OfficeHome
 from datamodules.emoji import EmojiDomains, EmojiRetrieval
 from datamodules.fashion import FashionMNIST
+from datamodules.folders import Folders
 from datamodules.imagenet import ImageNet, ImageNet64, TinyImageNet
 from datamodules.latents import Latents
+from datamodules.medmnist import MedMNIST
 from datamodules.mnist import MNIST
+from datamodules.modalities import Modalities
+from datamodules.radimagenet import RadImageNet
 from datamodules.retrieval import MSMT17, Market1501
 
 __all__ = [
@@ -60,6 +64,7 @@ __all__ = [
     "FashionMNIST",
     "FewShotImageNet",
     "Flowers102",
+    "Folders",
     "Food101",
     "ImageNet",
     "ImageNet64",
@@ -70,9 +75,12 @@ __all__ = [
     "ImageNetV2",
     "Latents",
     "Market1501",
+    "MedMNIST",
     "MiniDomainNet",
+    "Modalities",
     "OfficeHome",
     "OxfordPets",
+    "RadImageNet",
     "StanfordCars",
     "TinyImageNet",
 ]

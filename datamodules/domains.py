@@ -68,8 +68,9 @@ class DomainBenchmark(ImageDataModule):
         on_corrupt: OnCorrupt = "error",
         memory_gb: float = 4.0,
         eval_batch_size: int | None = None,
+        crop_scale: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size)
+        super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size, crop_scale)
         self.root = Path(root).expanduser()
         sources = self.domains[:1] if sources is None else sources
         self.sources = choose("domain", sources, self.domains)

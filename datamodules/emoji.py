@@ -89,8 +89,9 @@ class EmojiDomains(ImageDataModule):
         translate: float = 0.0625,
         transform: nn.Module | None = None,
         eval_batch_size: int | None = None,
+        crop_scale: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size)
+        super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size, crop_scale)
         self.sources = choose("style", sources, STYLES)
         rest = [style for style in STYLES if style not in sources]
         if targets is None and not rest:
@@ -155,6 +156,7 @@ class EmojiRetrieval(EmojiDomains):
         translate: float = 0.0625,
         transform: nn.Module | None = None,
         eval_batch_size: int | None = None,
+        crop_scale: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(
             sources,
@@ -168,6 +170,7 @@ class EmojiRetrieval(EmojiDomains):
             translate,
             transform,
             eval_batch_size,
+            crop_scale,
         )
         if len(self.sources) < 2:
             raise ValueError(

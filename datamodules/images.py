@@ -8,6 +8,7 @@ number of loader workers or what was drawn before.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,10 @@ from datamodules.sampling import Draw, EvalBatches, TrainBatches
 log = logging.getLogger(__name__)
 #: Random numbers per example and epoch: flip, whether to shift, how far down and to the right, the user's transform.
 _DRAWS = 5
+#: Four more where images are cropped: how large the window is, of what aspect, how far down and to the right.
+_CROP_DRAWS = 4
+#: Windows are at most this much wider than high, or higher than wide.
+_ASPECT = 4 / 3
 #: Files whose reading takes so long that it is shown.
 MANY = 2000
 #: How much larger than the middle that is cut out ImageNet's images are scaled.
@@ -239,7 +244,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
 
 
 class Augmentation:
-    """Random flip and translation of a whole batch, each image by its own draws, then a transform of the user's.
+    """Random crop, flip and translation of a whole batch, each image by its own draws, then a transform of the user's.
 
     Args:
         seed: draws of an example are a function of (seed, epoch, index).
@@ -248,25 +253,48 @@ class Augmentation:
         translate: with probability 1/2 shift by up to this part of the side (padded by the border's pixels).
         transform: any module or function on one uint8 (C, H, W) image (torchvision v2), called per image with torch's
             random state set to its own draw.
+        crop_scale: cut out a window whose share of the area lies between these two (uniform) and whose aspect between
+            3/4 and 4/3 (uniform in the logarithm), anywhere in the image, and scale it to the image's size. That is
+            torchvision's ``RandomResizedCrop``, but for windows that don't fit: here the aspect is drawn among those
+            with which the window fits; torchvision draws another window, which makes large ones rarer.
     """
 
-    def __init__(self, seed: int, size: int, flip: bool, translate: float, transform: Any = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        size: int,
+        flip: bool,
+        translate: float,
+        transform: Any = None,
+        crop_scale: tuple[float, float] | None = None,
+    ) -> None:
         if not 0 <= translate < 1:
             raise ValueError(f"translate must lie in [0, 1), not {translate}")
+        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale must be two shares of the area, 0 < least <= most <= 1, not {crop_scale}")
         self.seed, self.size, self.flip, self.translate, self.transform = seed, size, flip, translate, transform
+        self.crop_scale = crop_scale
         self._tables: dict[tuple[int, int], Tensor] = {}
 
     def _draws(self, epoch: int, index: Tensor, view: int = 0) -> Tensor:
-        """Uniform numbers of these examples in this epoch, (B, 5): a row of a table that is made once an epoch."""
+        """Uniform numbers of these examples in this epoch, (B, 5): a row of a table that is made once an epoch.
+
+        (B, 9) where images are cropped; the first five are then the same.
+        """
         if (epoch, view) not in self._tables:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + 500_009 * (1 + view))
             self._tables = {key: table for key, table in self._tables.items() if key[0] == epoch}
-            self._tables[epoch, view] = torch.rand(self.size, _DRAWS, generator=generator)
+            table = torch.rand(self.size, _DRAWS, generator=generator)
+            if self.crop_scale is not None:
+                table = torch.cat([table, torch.rand(self.size, _CROP_DRAWS, generator=generator)], 1)
+            self._tables[epoch, view] = table
         return self._tables[epoch, view][index]
 
     def __call__(self, images: Tensor, epoch: int, index: Tensor, view: int = 0) -> Tensor:
         """uint8 (B, C, H, W) in, the same out; ``view``: which of the independent draws of an example and epoch."""
         u = self._draws(epoch, index, view)
+        if self.crop_scale is not None:
+            images = self._cropped(images, u[:, _DRAWS:])
         if self.flip:
             images = torch.where((u[:, 0] < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
         if self.translate:
@@ -274,6 +302,29 @@ class Augmentation:
         if self.transform is not None:
             images = torch.stack([self._own(image, u[i, 4]) for i, image in enumerate(images)])
         return images
+
+    def _windows(self, u: Tensor, height: int, width: int) -> Tensor:
+        """Windows of these draws (B, 4), in whole pixels: left, top, right, bottom, (B, 4)."""
+        assert self.crop_scale is not None
+        u = u.double()
+        share = self.crop_scale[0] + (self.crop_scale[1] - self.crop_scale[0]) * u[:, 0]
+        most, fits = math.log(_ASPECT), math.log(width / height)
+        narrow, wide = (fits + share.log()).clamp(-most, most), (fits - share.log()).clamp(-most, most)
+        aspect = (narrow + (wide - narrow) * u[:, 1]).exp()
+        w, h = (share * height * width * aspect).sqrt(), (share * height * width / aspect).sqrt()
+        fit = torch.minimum(width / w, height / h).clamp(max=1)  # a long image has no window of that aspect and share
+        w, h = (w * fit).round().clamp(1, width), (h * fit).round().clamp(1, height)
+        left, top = (u[:, 3] * (width - w + 1)).floor(), (u[:, 2] * (height - h + 1)).floor()
+        return torch.stack([left, top, left + w, top + h], 1).long()
+
+    def _cropped(self, images: Tensor, u: Tensor) -> Tensor:
+        """Each image's window, scaled to the size of the image."""
+        size = images.shape[-2:]
+        found = []  # one by one: from 64 pixels on that is faster than a grid for all, and it is what torchvision does
+        for image, (left, top, right, bottom) in zip(images, self._windows(u, *size).tolist(), strict=True):
+            part = image[None, :, top:bottom, left:right]
+            found.append(F.interpolate(part, size, mode="bilinear", antialias=True))
+        return torch.cat(found)
 
     def _shifted(self, images: Tensor, u: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -321,8 +372,10 @@ class ImageDataModule(LightningDataModule):
         seed: of the order of the data, of augmentation and of splits made here; None: the run's seed.
         flip: mirror training images at random.
         translate: shift training images at random by up to this part of the side.
-        transform: a torchvision v2 transform of one uint8 training image, after flip and shift.
+        transform: a torchvision v2 transform of one uint8 training image, after crop, flip and shift.
         eval_batch_size: of evaluation, per rank; twice ``batch_size`` if omitted.
+        crop_scale: cut a window out of each training image at random and scale it to the image's size; its share of
+            the area lies between these two numbers (``[0.08, 1]`` is usual), its aspect between 3/4 and 4/3.
     """
 
     #: Known as soon as the object is there; the command line hands them to the model.
@@ -343,13 +396,14 @@ class ImageDataModule(LightningDataModule):
         translate: float = 0.0,
         transform: nn.Module | None = None,
         eval_batch_size: int | None = None,
+        crop_scale: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError("batch sizes must be at least 1")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
         self.num_workers, self._seed = num_workers, seed
-        self.flip, self.translate, self.transform = flip, translate, transform
+        self.flip, self.translate, self.transform, self.crop_scale = flip, translate, transform, crop_scale
         self._sets: dict[str, ImageSet] = {}
         self._resumed: dict[str, int] | None = None
         self._order: TrainBatches | None = None
@@ -401,7 +455,9 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         examples = self.part("train")
-        examples.transform = Augmentation(self.seed, len(examples), self.flip, self.translate, self.transform)
+        examples.transform = Augmentation(
+            self.seed, len(examples), self.flip, self.translate, self.transform, self.crop_scale
+        )
         examples.views = self.views
         order = TrainBatches(len(examples), self.batch_size, self.seed, replays=self.replays)
         if self._resumed is not None:

@@ -194,7 +194,7 @@ class Latents(ImageDataModule):
         if importlib.util.find_spec("diffusers") is None:
             raise ValueError('Latents needs diffusers: pip install -e ".[diffusion]"')
         name = type(data).__name__
-        if data.translate or data.transform is not None:
+        if data.translate or data.crop_scale is not None or data.transform is not None:
             raise ValueError(
                 f"latents can't be shifted or transformed: set translate of {name} to 0, and leave its transform out"
             )
