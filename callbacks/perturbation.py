@@ -203,10 +203,14 @@ class Perturbation(Callback):
         As :meth:`uniform` and :meth:`normal`, what one process would draw for the same examples; each is drawn from a
         generator of its own, so ranks don't draw for each other and whole images are no waste.
         """
-        seed = run_seed() if self.seed is None else self.seed
-        places = (i * self._world + self._rank for i in range(len(like)))
-        seeds = (fold_seed(seed, self.name, purpose, *self._step, place) for place in places)
+        seeds = self.row_seeds(purpose, len(like))
         return fill_rows(torch.empty(like.shape, dtype=torch.float32, device=like.device), seeds, kind)
+
+    def row_seeds(self, purpose: str, size: int) -> list[int]:
+        """A seed for each example of this rank's batch, the one that it has in one process, too."""
+        seed = run_seed() if self.seed is None else self.seed
+        places = (i * self._world + self._rank for i in range(size))
+        return [fold_seed(seed, self.name, purpose, *self._step, place) for place in places]
 
     # ------------------------------------------------------------------ the loop
 

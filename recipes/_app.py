@@ -54,6 +54,8 @@ TRAINER = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the samplers are ours, cut by rank
 }
+#: The last run that ended well in this process, of the first rank; for what a recipe does after it.
+finished: Run | None = None
 #: Keys of a run's settings that belong to that one call and not to its checkpoint.
 _OF_THE_CALL = ("config", "ckpt_path", "images", "classes", "return_predictions", "verbose", "weights_only")
 
@@ -470,6 +472,8 @@ def execute(model: str, name: str, verb: str, argv: list[str], *, debug: bool = 
     Returns:
         The exit code.
     """
+    global finished
+    finished = None
     cli = RecipeCLI.__new__(RecipeCLI)  # known here before its constructor, which does everything, has returned
     code = 1
     with quiet(), Signals() as signals:
@@ -479,6 +483,7 @@ def execute(model: str, name: str, verb: str, argv: list[str], *, debug: bool = 
             cli.__init__(getattr(importlib.import_module(module), cls), model, name, verb, argv, signals, debug)  # type: ignore[misc]
             assert cli.run_folder is not None
             report(cli.run_folder)
+            finished = cli.run_folder if rank() == 0 else None
             code = 0
         except SystemExit as end:  # of the parser: help, or bad input that is said already
             code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -40,6 +40,7 @@ from recipes._run import quiet
 from recipes.adversarial_training import AdversarialTrainer
 from recipes.classifier import Classifier
 from recipes.coprompt import CoPrompt
+from tests.benchmark_masks import mask_table
 from tests.benchmark_skips import skip_table
 
 # ---------------------------------------------------------------------- what is measured on
@@ -145,14 +146,14 @@ class PeakOfAStep(Callback):
             self.bytes = self.peak.stop()
 
 
-def fit(module: LightningModule, data: ImageDataModule, between: Callback) -> None:
+def fit(module: LightningModule, data: ImageDataModule, *between: Callback) -> None:
     """A run as the command line sets it up; its lines go to stderr."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         progress = Progress("val/acc", terminal=False)
         trainer = Trainer(
             max_epochs=1,
             accelerator="cpu",
-            callbacks=[between, ExactResume(), Report(), StopOnNonFinite(), progress],
+            callbacks=[between[0], ExactResume(), Report(), *between[1:], StopOnNonFinite(), progress],
             logger=MetricsCSV(Path(folder)),
             log_every_n_steps=10,
             limit_val_batches=0,
@@ -168,12 +169,20 @@ def plain_optimizer(module: LightningModule) -> torch.optim.Optimizer:
     return torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
+def pairs_of_steps(
+    module: Any, twin: Any, techniques: list[Callback], batch: int, steps: int
+) -> list[tuple[float, float]]:
+    """Times of steps of the trainer, and of the same step of a plain loop on a twin between them."""
+    side = module.example_input_array.shape[-1]
+    data, batches = (Noise(batch * n, batch, side) for n in (steps + 1, steps + 2))
+    between = BareLoopBetween(twin, plain_optimizer(twin), iter(batches.train_dataloader()))
+    fit(module, data, between, *techniques)
+    return between.pairs[2:]
+
+
 def loop_ratios(backbone: str, batch: int, image_size: int, steps: int) -> tuple[list[float], float]:
     """A step of trainer and recipe, as the command line sets them up, over a plain loop's: times and peak memory."""
-    module, twin = classifier(backbone, image_size), classifier(backbone, image_size)
-    data, batches = (Noise(batch * n, batch, image_size) for n in (steps + 1, steps + 2))
-    between = BareLoopBetween(twin, plain_optimizer(twin), iter(batches.train_dataloader()))
-    fit(module, data, between)
+    pairs = pairs_of_steps(classifier(backbone, image_size), classifier(backbone, image_size), [], batch, steps)
 
     module, twin = classifier(backbone, image_size), classifier(backbone, image_size)
     own, bare, optimizer = PeakOfAStep(), PeakOfAStep(), plain_optimizer(twin)
@@ -181,7 +190,7 @@ def loop_ratios(backbone: str, batch: int, image_size: int, steps: int) -> tuple
     for i, images in enumerate(Noise(batch * 4, batch, image_size).train_dataloader()):
         bare.on_train_batch_start(None, twin, images, i)  # type: ignore[arg-type]  # it doesn't ask the trainer
         plain_step(twin, optimizer, images)
-    return [mine / theirs for mine, theirs in between.pairs[2:]], own.bytes / bare.bytes
+    return [mine / theirs for mine, theirs in pairs], own.bytes / bare.bytes
 
 
 # ---------------------------------------------------------------------- the techniques
@@ -500,7 +509,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small network and few steps, to see that it works")
     parser.add_argument("--steps", type=int, default=30, help="pairs of steps for each row")
-    parts = ("all", "loop", "adversarial", "prompts", "skips")
+    parts = ("all", "loop", "adversarial", "prompts", "skips", "masks")
     parser.add_argument("--part", choices=parts, default="all", help="which of the tables")
     args = parser.parse_args(argv)
     net, batch, size, n = ("resnet10t", 8, 32, 3) if args.quick else ("resnet18", 64, 64, args.steps)
@@ -528,6 +537,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{where}; median (quartiles) of {n} pairs")
         with quiet():
             skip_table(names, n, batch, shown)
+    if args.part in ("all", "masks"):
+        batch, n = (8, 3) if args.quick else (64, args.steps)
+        where = f"{net}, batch {batch}, {size}x{size}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+        print(f"\n{where}; median (quartiles) of {n} pairs")
+        with quiet():
+            mask_table(
+                lambda module, twin, techniques: pairs_of_steps(module, twin, techniques, batch, n + 2),
+                lambda: classifier(net, size),
+                shown,
+            )
     return 0
 
 

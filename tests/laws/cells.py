@@ -78,6 +78,7 @@ RECIPES["coprompt"] = {
     "class_sentences": {c: (f"{c} {c}", f"{c} red") for c in ("red", "green", "blue")},
     **{"domain_names": ("base", "novel"), "domain_classes": ((0, 1), (2,))},
 }
+RECIPES["noise_mask"] = {"stage": "pretrain"}
 RECIPES["scalelong"] = {
     "network_args": {"patch_size": 8, "dim": 32, "depth": 4, "heads": 2},
     **{"lr": 1e-3, "warmup_steps": 0, "sample_steps": 2, "test_samples": 0, "num_samples": 4},
