@@ -187,7 +187,7 @@ def probed(module: LightningModule, data: Any, probe: LinearProbe | None = None,
 
 @pytest.mark.parametrize("settings", [{}, {"l2": [10.0]}])
 def test_what_is_measured_is_the_regression_on_the_networks_features(settings: dict[str, Any]) -> None:
-    module, data = classifier(), Stub(noise=0.45)
+    module, data = classifier(), Stub(noise=0.45, train=60, test=300)
     found = probed(module, data, LinearProbe(batch_size=50, **settings)).result
     (x, y), (test_x, test_y) = (by_hand(module, part) for part in data.probe_sets())
     mean, deviation = x.mean(0), x.std(0)
@@ -196,7 +196,7 @@ def test_what_is_measured_is_the_regression_on_the_networks_features(settings: d
     right = ((((test_x - mean) / deviation)[:, used] @ w[:-1] + w[-1]).argmax(1) == test_y).mean()
     assert 0.4 < right < 0.95, "neither trivial nor hopeless"
     assert found["accuracy"] == pytest.approx(right, abs=1e-9)
-    assert (found["train"], found["test"], found["classes"], found["chance"]) == (120, 90, 3, pytest.approx(1 / 3))
+    assert (found["train"], found["test"], found["classes"], found["chance"]) == (60, 300, 3, pytest.approx(1 / 3))
 
 
 def test_features_are_those_of_the_normalised_image() -> None:
