@@ -18,7 +18,9 @@ Where paper and released code (ogrenenmakine/Policy-Gradient-Driven-Noise-Mask) 
 * Concentrations are kept within exp(-4) and exp(4), in float32 at least. The release overflows.
 * The running averages of the concentrations are buffers, alike on all ranks. The release keeps one per rank, saves the
   first one's, and can't run in one process.
-* The heads normalise by layer, not by batch, and run once; so a batch of one works and two ranks do what one does.
+* The heads normalise by layer, not by batch, and run once; so with the small extractor a batch of one works and two
+  ranks do what one does.
+* The policy has no weight decay (released 1e-4), and the schedule of the network's learning rate (released: a cosine).
 """
 
 from __future__ import annotations
@@ -180,6 +182,16 @@ class Policy(nn.Module):
         self.register_buffer("baseline", torch.zeros(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Policy:
+        """The averages stay in float32 at least: in bfloat16 a step of one percent is none."""
+        kept = {name: getattr(self, name) for name in ("running", "baseline")}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            now = getattr(self, name)
+            if torch.finfo(now.dtype).bits < 32:
+                setattr(self, name, value.to(now.device, torch.float32))
+        return self
+
     def forward(self, image: Tensor) -> Tensor:
         """What the heads say of images (B, C, H, W), (2, B, G, G); at least float32."""
         if self.reduce > 1:
@@ -221,10 +233,12 @@ class NoiseMask(Perturbation):
         kind: ``policy``; or the controls ``beta`` (each cell from Beta(alpha, beta)), ``gaussian`` (1 + std * normal)
             and ``cutout`` (a square of ``hole`` x ``hole`` cells is 0, the others 1).
         objective: of the policy, ``textbook`` or ``released``; see above.
-        baseline: of textbook, ``ema`` of the costs, or ``leave_one_out``: the mean of the batch's other images.
+        baseline: of textbook, ``ema`` of the costs, or ``leave_one_out``: the mean of the batch's other images (the
+            average, where images have no costs of their own).
         adversarial: the policy looks for masks that make the loss large; of textbook.
         policy_weight: of the policy's loss. With SGD the policy learns at ``policy_weight * lr`` (released 0.01 / 0.1,
             but with a gradient that is spread over the cells; at 0.1 a textbook policy's masks collapse by chance).
+            Adam divides it out again: there the policy learns at ``lr``.
         extractor: of the policy's features: ``small``, or a timm model (released: ``resnet10t``).
         reduce: the policy sees the image at this fraction of its size (released: 1).
         width: of the heads' hidden layers (released: 512).
@@ -241,7 +255,8 @@ class NoiseMask(Perturbation):
 
     With a :class:`callbacks.report.Report` beside it (every run from the command line has one) it draws
     ``mask-examples.png``, the mean masks of each domain and class by epoch (``mask-domains.png``, ``mask-classes.png``)
-    and, of a policy, reward and entropy (``mask-curves.png``).
+    (the first 24) and, of a policy, reward and entropy (``mask-curves.png``). Beside FreeLB, whose step takes the mean
+    of K gradients, the policy's, which comes with the last of them, counts one K-th.
 
     A module that has stages says by its attribute ``masked`` whether masks are wanted at the moment.
 
@@ -320,7 +335,9 @@ class NoiseMask(Perturbation):
             seed = run_seed() if self.seed is None else self.seed
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(fold_seed(seed, self.name, "policy"))
-                chans = int(getattr(module, "example_input_array", torch.empty(1, 3)).shape[1])
+                example = module.example_input_array
+                known = isinstance(example, Tensor) and example.dim() == 4
+                chans = int(example.shape[1]) if known else int(module.hparams.get("in_chans", 3))  # type: ignore[union-attr]
                 try:
                     policy = Policy(chans, self.grid, self.extractor, self.reduce, self.width)
                 except RuntimeError as error:  # of timm, for an unknown name
@@ -332,9 +349,12 @@ class NoiseMask(Perturbation):
         held = vars(module).get("training_step")
         original = module.training_step
 
+        live = [True]
+
         def training_step(batch: Any, *args: Any, **more: Any) -> Any:
             self._logits = None
-            return self._with_policy(module, batch, original(batch, *args, **more))
+            output = original(batch, *args, **more)
+            return self._with_policy(module, batch, output) if live else output
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             self._logits = output.detach() if isinstance(output, Tensor) else None
@@ -344,6 +364,9 @@ class NoiseMask(Perturbation):
 
         def put_back() -> None:
             hook.remove()
+            live.clear()  # another technique may have wrapped it in turn, and keep it
+            if vars(module).get("training_step") is not training_step:
+                return
             if held is None:
                 del module.training_step
             else:
@@ -414,15 +437,24 @@ class NoiseMask(Perturbation):
             total = loss + 0.0 * sum(p.sum() for p in policy.parameters())
         else:
             said, log_alpha, log_beta, logit = self._open
-            cost = self._cost(module, batch, loss).to(said)
-            total = self._total(policy, loss, cost, log_alpha, log_beta, logit)
+            cost, own_costs = self._cost(module, batch, loss)
+            cost = cost.to(said)
+            total = self._total(policy, loss, cost, own_costs, log_alpha, log_beta, logit)
             self._log(module, log_alpha, log_beta, cost)
             policy.learn(said.detach(), cost, self._world)
         return {**output, "loss": total} if isinstance(output, dict) else total
 
     def _total(
-        self, policy: Policy, loss: Tensor, cost: Tensor, log_alpha: Tensor, log_beta: Tensor, logit: Tensor
+        self,
+        policy: Policy,
+        loss: Tensor,
+        cost: Tensor,
+        own_costs: bool,
+        log_alpha: Tensor,
+        log_beta: Tensor,
+        logit: Tensor,
     ) -> Tensor:
+        """The loss of the step, with the policy's in its gradient."""
         if self.objective == "released":
             factor = log_density(log_alpha, log_beta, logit).flatten(1).logsumexp(1).mean().detach()
             own = policy_loss(log_alpha, log_beta, logit, cost.mean().expand_as(cost), objective="released")
@@ -430,15 +462,16 @@ class NoiseMask(Perturbation):
         else:
             # of the first step there is no average: it teaches nothing
             average = torch.where(policy.steps > 0, policy.baseline.to(cost), cost.mean())
-            expected = average.expand_as(cost) if self.baseline == "ema" else leave_one_out(cost)
+            others = self.baseline == "leave_one_out" and own_costs and len(cost) > 1
+            expected = leave_one_out(cost) if others else average.expand_as(cost)
             advantage = torch.where(policy.steps > 0, cost - expected, torch.zeros_like(cost))
             advantage = -advantage if self.adversarial else advantage
             own = policy_loss(log_alpha, log_beta, logit, advantage)
         own = self.policy_weight * own
         return loss + (own - own.detach()).to(loss)  # the loss that is shown stays the network's
 
-    def _cost(self, module: LightningModule, batch: Any, loss: Tensor) -> Tensor:
-        """What each image cost, (B,)."""
+    def _cost(self, module: LightningModule, batch: Any, loss: Tensor) -> tuple[Tensor, bool]:
+        """What each image cost, (B,), and whether that is its own cost and not the batch's."""
         assert self._open is not None
         size, logits = len(self._open[1]), self._logits
         label = batch.get("label") if isinstance(batch, dict) else None
@@ -450,12 +483,12 @@ class NoiseMask(Perturbation):
             and logits is not None
             and logits.shape == (size, classes)
         ):
-            return F.cross_entropy(logits.float(), label, reduction="none", ignore_index=-1)
+            return F.cross_entropy(logits.float(), label, reduction="none", ignore_index=-1), True
         mean = loss.detach().clone()
         if self._world > 1:  # as one process would, with the batches of all
             dist.all_reduce(mean)
             mean /= self._world
-        return mean.expand(size)
+        return mean.expand(size), False
 
     def _log(self, module: LightningModule, log_alpha: Tensor, log_beta: Tensor, cost: Tensor) -> None:
         with torch.no_grad():
@@ -471,11 +504,18 @@ class NoiseMask(Perturbation):
     # ------------------------------------------------------------------ pictures
 
     def state_dict(self) -> dict[str, Any]:
-        sums = None if self._sums is None else self._sums.cpu()
-        return {"sums": sums, "epochs": self._epochs, "curves": self._curves}
+        sums = None if self._sums is None else self._sums.clone()
+        if sums is not None and self._world > 1:  # called on all ranks
+            dist.all_reduce(sums)
+        return {"sums": None if sums is None else sums.cpu(), "epochs": self._epochs, "curves": self._curves}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._sums, self._epochs, self._curves = (state_dict[k] for k in ("sums", "epochs", "curves"))
+        sums: Tensor | None = state_dict["sums"]
+        if sums is not None and sums.shape[1] == self.grid**2 + 1:
+            self._sums = sums.clone() if self._rank == 0 else torch.zeros_like(sums)
+        # of another grid they can't stand beside these
+        self._epochs = [(epoch, means) for epoch, means in state_dict["epochs"] if means.shape[1] == self.grid]
+        self._curves = state_dict["curves"]
 
     def _collect(self, module: LightningModule, mask: Tensor, batch: Batch) -> None:
         """Add masks (B, G, G) to the sums of their domain and their class."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,14 +41,16 @@ def compare() -> int:
         return 0
     print("now plain training as long, to compare with (--model.compare false leaves it out)", flush=True)
     safe = ["-P"] if getattr(sys.flags, "safe_path", False) else []
-    try:
-        code = subprocess.run([sys.executable, *safe, *words], env=_ENVIRONMENT).returncode
-    except KeyboardInterrupt:
-        return 130
+    free_accelerator()
+    code = wait(subprocess.Popen([sys.executable, *safe, *words], env=_ENVIRONMENT))
     if code:
         return code
-    plain = last_values(next(folder.glob("noise_mask/*/metrics.csv")))
+    newest = max(folder.glob("noise_mask/*/metrics.csv"), key=lambda found: found.parent.name)  # names begin with times
+    plain = last_values(newest)
     rows = [(name, value, plain[name], value - plain[name]) for name, value in sorted(ours.items()) if name in plain]
+    if not rows:
+        sys.stderr.write(f"error: {newest} has no test results to compare with\n")
+        return 1
     with (run.folder / "comparison.csv").open("w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened)
         writer.writerows([("metric", "heated and fine-tuned", "plain", "difference"), *rows])
@@ -57,6 +60,33 @@ def compare() -> int:
         print(f"  {name:{width}}  {values[0]:6.4f}  {values[1]:6.4f}  {values[2]:+10.4f}")
     print("over five seeds and with controls: python -m recipes claim noise_mask")
     return 0
+
+
+def free_accelerator() -> None:
+    """Give back what the first training's allocator still holds: the second one needs as much."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a training of ours, which saves itself when it is told to stop.
+
+    Ctrl-C reaches it as it does us, so we only wait; SIGTERM reaches us alone and is handed on.
+    """
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def last_values(file: Path) -> dict[str, float]:

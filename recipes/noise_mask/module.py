@@ -92,7 +92,8 @@ class NoiseMaskPolicy(Classifier):
             )
         if heated is not None and stage != "finetune":
             raise ValueError("heated weights are for --model.stage finetune; the other stages start without")
-        self.register_buffer("fine_tuning", torch.tensor(stage == "finetune"))
+        #: 1 once fine-tuning has begun. (A number: averaging weights takes differences of buffers.)
+        self.register_buffer("fine_tuning", torch.tensor(int(stage == "finetune")))
 
     @property
     def masked(self) -> bool:
@@ -125,26 +126,32 @@ class NoiseMaskPolicy(Classifier):
         if not file.is_file():
             raise ValueError(f"there is no checkpoint {file}: --model.heated takes one of the first stage")
         try:
-            saved = torch.load(file, weights_only=True, map_location="cpu")["state_dict"]
+            checkpoint = torch.load(file, weights_only=True, map_location="cpu")
+            saved = checkpoint["state_dict"]
         except Exception as error:  # torch raises anything from KeyError to its own
             raise ValueError(f"{file} is not a checkpoint that can be read ({type(error).__name__})") from error
         found = {k.removeprefix("backbone."): v for k, v in saved.items() if k.startswith("backbone.")}
         here = self.backbone.state_dict()
-        head = {f"{name}." for name in _names(self.backbone.pretrained_cfg.get("classifier", ()))}
-        kept = {
-            k: v for k, v in found.items() if not (k.startswith(tuple(head)) and k in here and v.shape != here[k].shape)
-        }
-        apart = [k for k in here if k not in found or (k in kept and kept[k].shape != here[k].shape)]
+        last = self.backbone.get_classifier() if hasattr(self.backbone, "get_classifier") else None
+        head = tuple(f"{name}." for name, layer in self.backbone.named_modules() if layer is last and name)
+        other = (
+            {k for k in here if k.startswith(head) and k in found and found[k].shape != here[k].shape}
+            if head
+            else set()
+        )
+        kept = {k: v for k, v in found.items() if k not in other}
+        apart = sorted(here.keys() ^ found.keys()) + [k for k in kept if k in here and kept[k].shape != here[k].shape]
         if apart:
             raise ValueError(
                 f"the backbone of {file} isn't {self.hparams['backbone']} as set here: '{apart[0]}' differs or is "
                 "missing; give both stages the same --model.backbone and --model.backbone_args"
             )
         self.backbone.load_state_dict({**here, **kept})
+        self.normalise_as(checkpoint)
 
     def on_train_epoch_start(self) -> None:
         if self.hparams["stage"] == "both" and not self.masked and not self.fine_tuning:
-            self.fine_tuning.fill_(True)
+            self.fine_tuning.fill_(1)
             optimizer: Any = self.optimizers()
             optimizer.optimizer.state.clear()  # a second run would begin without momentum, too
 
@@ -166,8 +173,3 @@ class NoiseMaskPolicy(Classifier):
             return h["finetune_lr"] / h["lr"] * over
 
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
-
-
-def _names(classifier: Any) -> tuple[str, ...]:
-    """timm's name, or names, of a model's last layers."""
-    return (classifier,) if isinstance(classifier, str) else tuple(classifier)

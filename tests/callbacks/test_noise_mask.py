@@ -284,6 +284,18 @@ def test_concentrations_keep_their_precision(precision: Any, monkeypatch: pytest
     assert set(found) == {torch.float64 if precision == "64-true" else torch.float32}
 
 
+def test_averages_move_in_any_precision() -> None:
+    module = cells.recipe("classifier", norm=False)
+    options: dict[str, Any] = {"precision": "bf16-true", "max_epochs": 4}
+    cells.trainer(NoiseMask(), **options).fit(module, datamodule=cells.data("classifier"))
+    policy: Any = module.perturbations["noise_mask"]  # type: ignore[index, union-attr]
+    assert policy.alpha[2].weight.dtype == torch.bfloat16
+    assert policy.running.dtype == policy.baseline.dtype == torch.float32
+    before = policy.baseline.clone()
+    policy.learn(torch.zeros(2, 4, 8, 8), before.expand(4) * 1.1, 1)
+    assert float(policy.baseline) == pytest.approx(1.001 * float(before), rel=1e-5)
+
+
 class Toy(LightningModule):
     """Says the right class as surely as the image is bright in one cell of 4 x 4; nothing else matters to it."""
 
@@ -321,6 +333,41 @@ def test_the_mask_of_the_informative_cell_rises_and_falls_for_an_adversary(adver
         assert mean[1, 2] < others.min() - 0.1
     else:
         assert mean[1, 2] > others.max() + 0.1
+
+
+def test_a_network_that_shows_no_example() -> None:
+    toy = Toy()
+    toy.example_input_array = None
+    toy.hparams["in_chans"] = 1
+    batch = {"image": torch.ones(4, 1, 8, 8), "label": torch.zeros(4, dtype=torch.int64)}
+    cells.trainer(NoiseMask(), max_epochs=1).fit(toy, DataLoader([batch], batch_size=None))
+    assert toy.perturbations["noise_mask"].extractor[0].weight.shape[1] == 1  # type: ignore[index, union-attr]
+
+
+def test_without_costs_of_their_own_images_are_judged_by_the_average() -> None:
+    toy, found = Toy(), []
+    del toy.hparams["num_classes"]  # so it isn't known which output is the logits
+    batch = {"image": torch.rand(8, 1, 8, 8), "label": torch.zeros(8, dtype=torch.int64)}
+    technique = NoiseMask(grid=4, baseline="leave_one_out")
+
+    class Kept(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+            policy: Any = pl_module.perturbations["noise_mask"]  # type: ignore[index, union-attr]
+            found.append(float(policy.alpha[2].bias.grad.abs().max()))
+
+    cells.trainer(technique, Kept(), max_epochs=1).fit(toy, DataLoader([batch] * 3, batch_size=None))
+    assert found[0] == 0 and min(found[1:]) > 0
+
+
+def test_two_policies_come_off_again() -> None:
+    module = cells.recipe("classifier", norm=False)
+    for _ in range(2):
+        pair = [NoiseMask(), NoiseMask(name="second", policy_weight=0.0)]
+        cells.trainer(*pair, max_epochs=1).fit(module, datamodule=cells.data("classifier"))
+    policies: Any = module.perturbations
+    assert int(policies["noise_mask"].steps) == int(policies["second"].steps) == 2 * cells.STEPS
+    cells.trainer(max_epochs=1).fit(module, datamodule=cells.data("classifier"))
+    assert int(policies["noise_mask"].steps) == 2 * cells.STEPS
 
 
 def test_masks_are_off_where_the_module_says_so() -> None:

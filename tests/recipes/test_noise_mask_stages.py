@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,32 @@ def test_heated_weights_that_are_none(heated: tuple[Path, dict[str, Tensor]], tm
     assert "\n" not in str(error.value)
 
 
+def test_heated_weights_of_a_network_that_is_not_timms(tmp_path: Path) -> None:
+    first = NoiseMaskPolicy(stage="pretrain", backbone="cnn4", num_classes=3, image_size=32)
+    torch.save({"state_dict": first.state_dict(), "normalisation": ((0.5,) * 3, (0.5,) * 3)}, tmp_path / "a.ckpt")
+    second = NoiseMaskPolicy(stage="finetune", heated="a", backbone="cnn4", num_classes=3, image_size=32)
+    assert not torch.equal(second.mean, torch.full_like(second.mean, 0.5))
+    second.load_heated(tmp_path / "a.ckpt")
+    assert not cells.differing(first.backbone.state_dict(), second.backbone.state_dict())
+    assert (second.mean == 0.5).all() and (second.std == 0.5).all()  # as the heated weights were trained
+
+
+def test_a_deeper_network_is_not_taken_in_part(tmp_path: Path) -> None:
+    first = NoiseMaskPolicy(stage="pretrain", backbone="resnet34", num_classes=3)
+    torch.save({"state_dict": first.state_dict()}, tmp_path / "a.ckpt")
+    second = NoiseMaskPolicy(stage="finetune", heated="a", backbone="resnet18", num_classes=3)
+    with pytest.raises(ValueError, match="differs or is missing") as error:
+        second.load_heated(tmp_path / "a.ckpt")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_can_be_averaged(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    average = WeightAveraging()
+    cells.trainer(NoiseMask(), average, max_epochs=3).fit(make(), datamodule=cells.data("noise_mask"))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -218,6 +245,25 @@ def test_a_run_of_both_stages_is_compared_with_plain_training(tmp_path: Path) ->
     assert f"{rows['test/acc']['metric']}" in done.stdout and "difference" in done.stdout
     files = {file.name for file in (folder / "plots").iterdir()}
     assert files >= {"mask-examples.png", "mask-domains.png", "mask-classes.png", "mask-curves.png", "inputs.png"}
+
+
+def test_sigterm_ends_plain_training_too(tmp_path: Path) -> None:
+    script = tmp_path / "wait.py"
+    script.write_text(
+        "import subprocess, sys, signal, os\n"
+        "from recipes.noise_mask.comparison import wait\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import signal, sys, time\\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\\nprint(1, flush=True)\\ntime.sleep(60)'],"
+        " stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "signal.alarm(1)\n"
+        "sys.exit(wait(child))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=HOME, timeout=50, env={**os.environ, "PYTHONPATH": str(HOME)}
+    )
+    assert done.returncode == 143
 
 
 def test_where_nothing_is_compared(tmp_path: Path) -> None:
