@@ -5,7 +5,7 @@ Perturbs: the input, multiplied by a mask of Beta variables
 Plugs in: NoiseMask (a policy, or fixed Beta, Gaussian and cutout masks), into any image recipe
 Claim: a network heated under learned masks and then fine-tuned classifies better than one trained plainly as long
 Data: clothing, digits, emoji and brain slices under one label space
-Run time: about two minutes on two cores, plain training for comparison included
+Run time: two to three minutes on two cores, plain training for comparison included
 Command: python -m recipes.noise_mask fit
 """
 
