@@ -107,7 +107,7 @@ def test_the_policys_gradient_is_unbiased_and_the_released_one_is_not(how: str) 
     if how == "released":
         assert float(distance.max()) > 20
     else:
-        assert float(distance.max()) < 3.5, distance  # of four numbers, each beyond 3 once in 370
+        assert float(distance.max()) < 3, distance
 
 
 def test_a_baseline_makes_the_gradient_less_noisy() -> None:
