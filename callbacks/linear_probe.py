@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from callbacks.perturbation import crafting, fold_seed
-from datamodules.images import ImageSet
-from datamodules.sampling import Draw
+
+if TYPE_CHECKING:
+    from datamodules.images import ImageSet
 
 log = logging.getLogger(__name__)
 #: Largest entry of the gradient at which the regression counts as solved; its features have deviation 1.
@@ -195,7 +196,7 @@ class LinearProbe(Callback):
         size = min(len(images), self.batch_size) if getattr(trainer, "fast_dev_run", False) else len(images)
         features, labels = [torch.empty(0, 0)], [torch.empty(0, dtype=torch.long)]
         for first in range(0, size, self.batch_size):
-            batch = images.__getitems__([Draw(0, i) for i in range(first, min(first + self.batch_size, size))])
+            batch = images.plain(range(first, min(first + self.batch_size, size)))
             with torch.no_grad():
                 image = batch["image"].to(mean.device, mean.dtype)
                 found = backbone.forward_features((image - mean) / module.std)

@@ -436,11 +436,11 @@ class NoiseMask(Perturbation):
         if self._open is None:  # no mask at this step: no gradient either, but DDP waits for one
             total = loss + 0.0 * sum(p.sum() for p in policy.parameters())
         else:
-            said, log_alpha, log_beta, logit = self._open
+            said, *drawn = self._open
             cost, own_costs = self._cost(module, batch, loss)
             cost = cost.to(said)
-            total = self._total(policy, loss, cost, own_costs, log_alpha, log_beta, logit)
-            self._log(module, log_alpha, log_beta, cost)
+            total = self._total(policy, loss, cost, own_costs, *drawn)
+            self._log(module, drawn[0], drawn[1], cost)
             policy.learn(said.detach(), cost, self._world)
         return {**output, "loss": total} if isinstance(output, dict) else total
 
@@ -457,13 +457,12 @@ class NoiseMask(Perturbation):
         """The loss of the step, with the policy's in its gradient."""
         if self.objective == "released":
             factor = log_density(log_alpha, log_beta, logit).flatten(1).logsumexp(1).mean().detach()
-            own = policy_loss(log_alpha, log_beta, logit, cost.mean().expand_as(cost), objective="released")
+            own = policy_loss(log_alpha, log_beta, logit, cost, objective="released")
             loss = loss * factor.to(loss)
         else:
-            # of the first step there is no average: it teaches nothing
-            average = torch.where(policy.steps > 0, policy.baseline.to(cost), cost.mean())
             others = self.baseline == "leave_one_out" and own_costs and len(cost) > 1
-            expected = leave_one_out(cost) if others else average.expand_as(cost)
+            expected = leave_one_out(cost) if others else policy.baseline.to(cost)
+            # of the first step there is no average: it teaches nothing
             advantage = torch.where(policy.steps > 0, cost - expected, torch.zeros_like(cost))
             advantage = -advantage if self.adversarial else advantage
             own = policy_loss(log_alpha, log_beta, logit, advantage)
@@ -589,9 +588,7 @@ def draw_examples(images: Tensor, masks: Tensor, masked: Tensor) -> Figure:
 
 def draw_means(epochs: list[tuple[int, Tensor]], names: list[str]) -> Figure:
     """Mean masks, each (names, G, G), a column for an epoch and a row for a name; grey where there was no image."""
-    chosen = sorted(
-        {round(i * (len(epochs) - 1) / max(COLUMNS - 1, 1)) for i in range(COLUMNS)} & set(range(len(epochs)))
-    )
+    chosen = sorted({round(i * (len(epochs) - 1) / (COLUMNS - 1)) for i in range(COLUMNS)})
     shown = [epochs[i] for i in chosen]
     figure = new_figure(0.85 * len(shown) + 2.0, 0.8 * len(names) + 0.9)
     axes = figure.subplots(len(names), len(shown), squeeze=False)

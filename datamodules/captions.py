@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.emoji import CLASSES, FOLDER, STYLES, drawings
-from datamodules.images import ImageDataModule, ImageSet
+from datamodules.images import ImageDataModule, ImageSet, check_image_size
 from datamodules.sampling import Draw
 
 #: What the classes of :class:`datamodules.EmojiDomains` are called in a caption: words that captions use for them.
@@ -145,8 +145,7 @@ class EmojiCaptions(ImageDataModule):
         eval_batch_size: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size)
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         self.image_size = image_size
         self.num_classes, self.class_names, self.domain_names = len(CLASSES), list(CLASSES), list(STYLES)
         self._captions = Captions()

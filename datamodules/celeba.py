@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, Window, choose
+from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, Window, check_image_size, choose
 
 ATTRIBUTES = tuple(
     "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair "
@@ -55,8 +55,7 @@ class CelebA(ImageDataModule):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         if attribute is not None:
             choose("attribute", [attribute], ATTRIBUTES)
         given = Path(root).expanduser()

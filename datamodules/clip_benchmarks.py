@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from datamodules.captions import CLASS_TEXTS, TEMPLATE, Captions
 from datamodules.domains import Entry
 from datamodules.emoji import CLASSES, STYLES, drawings
-from datamodules.images import ImageDataModule, ImageSet, OnCorrupt
+from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, check_image_size
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 Part = Literal["train", "val", "test"]
@@ -166,8 +166,7 @@ class FewShot(ImageDataModule):
         super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size)
         if shots < 0:
             raise ValueError(f"shots must not be negative (0: all images), but is {shots}")
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         self.root, self.shots, self.protocol = Path(root).expanduser(), shots, protocol
         self.image_size, self.on_corrupt, self.memory_gb = image_size, on_corrupt, memory_gb
         if not self.root.is_dir():
@@ -253,8 +252,7 @@ class EmojiFewShot(ImageDataModule):
         super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size)
         if shots < 0:
             raise ValueError(f"shots must not be negative (0: all images), but is {shots}")
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         self.shots, self.image_size = shots, image_size
         self.class_names, self.num_classes = list(CLASSES), len(CLASSES)
         self.class_texts = [CLASS_TEXTS.get(name, name) for name in CLASSES]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from datamodules.images import ImageDataModule, ImageSet
+from datamodules.images import ImageDataModule, ImageSet, check_image_size
 from datamodules.sampling import Draw
 from datamodules.splits import hold_out
 
@@ -82,8 +82,7 @@ class COCOCaptions(ImageDataModule):
         **common: Any,
     ) -> None:
         super().__init__(num_workers=num_workers, flip=flip, **common)
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         if val_size < 1:
             raise ValueError(f"val_size must be at least 1, not {val_size}")
         self.root, self.image_size, self.val_size = Path(root).expanduser(), image_size, val_size

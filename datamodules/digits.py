@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datamodules.images import ImageDataModule, ImageSet
+from datamodules.images import ImageDataModule, ImageSet, check_image_size
 
 
 class Digits(ImageDataModule):
@@ -38,8 +38,7 @@ class Digits(ImageDataModule):
         eval_batch_size: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size)
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         self.image_size = image_size
         self.num_classes, self.class_names, self.domain_names = 10, [str(i) for i in range(10)], ["digits"]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, choose
+from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, check_image_size, choose
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 Part = Literal["train", "val", "test"]
@@ -79,8 +79,7 @@ class DomainBenchmark(ImageDataModule):
         both = [self.domains[i] for i in self.targets if i in self.sources]
         if both:
             raise ValueError(f"'{both[0]}' can't be source and target: it would test on images of training")
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         self.image_size, self.on_corrupt, self.memory_gb = image_size, on_corrupt, memory_gb
         self.domain_names, self.class_names = list(self.domains), list(self.classes)
         self.num_classes = len(self.class_names)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datamodules.images import ImageDataModule, ImageSet, choose
+from datamodules.images import ImageDataModule, ImageSet, check_image_size, choose
 
 FOLDER = Path(__file__).parent / "embedded" / "emoji"
 STYLES = ("noto", "twemoji", "fluent", "openmoji", "fluent_mono")
@@ -99,8 +99,7 @@ class EmojiDomains(ImageDataModule):
         self.targets = choose("style", rest if targets is None else targets, STYLES)
         if concepts not in ("unseen", "known"):
             raise ValueError(f"concepts must be unseen or known, not '{concepts}'")
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         both = [STYLES[i] for i in self.targets if i in self.sources]
         if concepts == "known" and both:
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datamodules.images import check_image_size
 from datamodules.splits import HeldOut
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -34,8 +35,7 @@ class GreySquares(HeldOut):
 
     def __init__(self, root: str | None = None, download: bool = False, image_size: int = 28, **split: Any) -> None:
         super().__init__(**split)
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         if download and root is None:
             raise ValueError(f"download needs root: the folder to fetch {self.called} to")
         self.root, self.download, self.image_size = (

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from datamodules.images import IMAGES, ImageDataModule, ImageSet, OnCorrupt
+from datamodules.images import IMAGES, ImageDataModule, ImageSet, OnCorrupt, check_image_size
 from datamodules.splits import Part, hold_out
 
 
@@ -45,8 +45,7 @@ class Folders(ImageDataModule):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         if val_size is not None and val_size < 1:
             raise ValueError(f"val_size must be at least 1, not {val_size}")
         if crop and crop < 1:

@@ -242,6 +242,15 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         batch |= {name: values[index] for name, values in self.entries.items()}
         return {**batch, "index": index}
 
+    def plain(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        """The batch of these examples as they are: not augmented, and in one view."""
+        kept = self.transform, self.views
+        self.transform, self.views = None, 1
+        try:
+            return self.__getitems__([Draw(0, i) for i in positions])
+        finally:
+            self.transform, self.views = kept
+
 
 class Augmentation:
     """Random crop, flip and translation of a whole batch, each image by its own draws, then a transform of the user's.
@@ -361,6 +370,12 @@ def choose(what: str, wanted: Sequence[str], known: Sequence[str]) -> list[int]:
     if not wanted or len(set(wanted)) != len(wanted):
         raise ValueError(f"name each {what} once, and at least one of: {', '.join(known)}")
     return [list(known).index(name) for name in wanted]
+
+
+def check_image_size(size: int | None) -> None:
+    """ValueError for a side of fewer than 8 pixels; None: as the images are."""
+    if size is not None and size < 8:
+        raise ValueError(f"image_size must be at least 8, not {size}")
 
 
 class ImageDataModule(LightningDataModule):

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.images import Augmentation, ImageDataModule, ImageSet
-from datamodules.sampling import Draw, EvalBatches
+from datamodules.sampling import EvalBatches
 
 log = logging.getLogger(__name__)
 #: Images that are encoded at a time.
@@ -280,7 +280,7 @@ class Latents(ImageDataModule):
             digest.update("\n".join(map(str, examples.files)).encode())
             digest.update(str([examples.files[i].stat().st_size for i in some]).encode())
         else:
-            digest.update(examples.__getitems__([Draw(0, i) for i in some])["image"].numpy().tobytes())
+            digest.update(examples.plain(some)["image"].numpy().tobytes())
         return digest.hexdigest()
 
     def _encoded(self, examples: ImageSet, views: int) -> Iterator[np.ndarray]:

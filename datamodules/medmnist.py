@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from datamodules.imagenet import read_array
-from datamodules.images import ImageDataModule, ImageSet, choose
+from datamodules.images import ImageDataModule, ImageSet, check_image_size, choose
 
 SOURCE = "https://zenodo.org/records/10519652/files/{file}?download=1"
 
@@ -201,8 +201,7 @@ class MedMNIST(ImageDataModule):
         choose("set", [flag], list(SETS))
         if size not in (28, 64, 128, 224):
             raise ValueError(f"MedMNIST comes in 28, 64, 128 and 224 pixels, not {size}: set image_size to scale it")
-        if image_size is not None and image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         if in_chans not in (None, 1, 3):
             raise ValueError(f"in_chans must be 1 or 3, not {in_chans}")
         if flag == MULTI and task != "binary":

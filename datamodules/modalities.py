@@ -13,7 +13,7 @@ from torch import Tensor
 from datamodules.emoji import CLASSES as EMOJI
 from datamodules.emoji import FOLDER, STYLES, EmojiDomains
 from datamodules.fashion import EMBEDDED, FashionMNIST, GreySquares
-from datamodules.images import ImageDataModule, ImageSet, choose
+from datamodules.images import ImageDataModule, ImageSet, check_image_size, choose
 from datamodules.mnist import MNIST
 from datamodules.splits import Part
 
@@ -160,8 +160,7 @@ class Modalities(ImageDataModule):
         for part, size in self.sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{part}_size must be at least 1, not {size}")
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         self.image_size, self.domain_names = image_size, self.trained
         self.class_names = [f"{name}: {each}" for name in self.trained for each in MODALITIES[name].classes]
         self.num_classes = len(self.class_names)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from datamodules.images import ImageDataModule, ImageSet, OnCorrupt
+from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, check_image_size
 
 MODALITIES = ("CT", "MR", "US")
 FOLDER = "radiology_ai"
@@ -57,8 +57,7 @@ class RadImageNet(ImageDataModule):
         **common: Any,
     ) -> None:
         super().__init__(num_workers=num_workers, **common)
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}")
+        check_image_size(image_size)
         given = Path(root).expanduser()
         self.root = given.parent if given.name == FOLDER and not (given / FOLDER).is_dir() else given
         self.image_size, self.on_corrupt, self.memory_gb = image_size, on_corrupt, memory_gb

@@ -146,14 +146,14 @@ class PeakOfAStep(Callback):
             self.bytes = self.peak.stop()
 
 
-def fit(module: LightningModule, data: ImageDataModule, *between: Callback) -> None:
+def fit(module: LightningModule, data: ImageDataModule, between: Callback, *techniques: Callback) -> None:
     """A run as the command line sets it up; its lines go to stderr."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         progress = Progress("val/acc", terminal=False)
         trainer = Trainer(
             max_epochs=1,
             accelerator="cpu",
-            callbacks=[between[0], ExactResume(), Report(), *between[1:], StopOnNonFinite(), progress],
+            callbacks=[between, ExactResume(), Report(), *techniques, StopOnNonFinite(), progress],
             logger=MetricsCSV(Path(folder)),
             log_every_n_steps=10,
             limit_val_batches=0,

@@ -213,14 +213,15 @@ class Classifier(LightningModule):
             optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=h["lr"], momentum=h["momentum"])
         else:
             optimizer = torch.optim.AdamW(groups, lr=h["lr"])
-        epochs, warmup = max(self.trainer.max_epochs or 1, 1), h["warmup_epochs"]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: self.lr_factor(epoch))
+        return [optimizer], [scheduler]
 
-        def factor(epoch: int) -> float:
-            if epoch < warmup:
-                return (epoch + 1) / (warmup + 1)
-            return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
-
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+    def lr_factor(self, epoch: int) -> float:
+        """The learning rate of an epoch over ``lr``."""
+        epochs, warmup = max(self.trainer.max_epochs or 1, 1), self.hparams["warmup_epochs"]
+        if epoch < warmup:
+            return (epoch + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.normalisation != _usual(self.hparams["in_chans"]):

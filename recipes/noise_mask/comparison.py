@@ -8,10 +8,11 @@ import shlex
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import yaml
+
+from recipes._cli import fail
 
 #: Before Lightning adds to it where it launches ranks.
 _ENVIRONMENT = dict(os.environ)
@@ -33,6 +34,8 @@ def compare() -> int:
     ours = {k: v for k, v in run.results.items() if k.startswith("test/")}
     if model["stage"] != "both" or not model["compare"] or not ours:
         return 0
+    from recipes._claim import ClaimError, last_values
+
     folder = run.folder / "plain"
     words = ["-m", "recipes.noise_mask", "fit", "--config", str(file), "--model.stage", "plain"]
     words += ["--trainer.default_root_dir", str(folder)]
@@ -45,12 +48,11 @@ def compare() -> int:
     code = wait(subprocess.Popen([sys.executable, *safe, *words], env=_ENVIRONMENT))
     if code:
         return code
-    newest = max(folder.glob("noise_mask/*/metrics.csv"), key=lambda found: found.parent.name)  # names begin with times
-    plain = last_values(newest)
-    rows = [(name, value, plain[name], value - plain[name]) for name, value in sorted(ours.items()) if name in plain]
-    if not rows:
-        sys.stderr.write(f"error: {newest} has no test results to compare with\n")
-        return 1
+    try:
+        plain = last_values(folder, list(ours))
+    except ClaimError as error:
+        return fail(str(error))
+    rows = [(name, value, plain[name], value - plain[name]) for name, value in sorted(ours.items())]
     with (run.folder / "comparison.csv").open("w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened)
         writer.writerows([("metric", "heated and fine-tuned", "plain", "difference"), *rows])
@@ -87,10 +89,3 @@ def wait(process: subprocess.Popen[bytes]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def last_values(file: Path) -> dict[str, float]:
-    """The last value of each column of a ``metrics.csv``."""
-    with file.open(newline="", encoding="utf-8") as opened:
-        rows = list(csv.DictReader(opened))
-    return {name: float(value) for row in rows for name, value in row.items() if value}

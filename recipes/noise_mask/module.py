@@ -24,7 +24,6 @@ from torch import Tensor
 
 from callbacks.noise_mask import policy_loss as policy_loss
 from callbacks.noise_mask import sample_mask as sample_mask
-from callbacks.perturbation import parameter_groups
 from recipes.classifier.module import Classifier
 
 Stage = Literal["both", "pretrain", "finetune", "plain"]
@@ -134,19 +133,14 @@ class NoiseMaskPolicy(Classifier):
         here = self.backbone.state_dict()
         last = self.backbone.get_classifier() if hasattr(self.backbone, "get_classifier") else None
         head = tuple(f"{name}." for name, layer in self.backbone.named_modules() if layer is last and name)
-        other = (
-            {k for k in here if k.startswith(head) and k in found and found[k].shape != here[k].shape}
-            if head
-            else set()
-        )
-        kept = {k: v for k, v in found.items() if k not in other}
-        apart = sorted(here.keys() ^ found.keys()) + [k for k in kept if k in here and kept[k].shape != here[k].shape]
+        differing = {k for k in here.keys() & found.keys() if found[k].shape != here[k].shape}
+        apart = sorted(here.keys() ^ found.keys()) + sorted(k for k in differing if not k.startswith(head))
         if apart:
             raise ValueError(
                 f"the backbone of {file} isn't {self.hparams['backbone']} as set here: '{apart[0]}' differs or is "
                 "missing; give both stages the same --model.backbone and --model.backbone_args"
             )
-        self.backbone.load_state_dict({**here, **kept})
+        self.backbone.load_state_dict({k: here[k] if k in differing else v for k, v in found.items()})
         self.normalise_as(checkpoint)
 
     def on_train_epoch_start(self) -> None:
@@ -155,21 +149,11 @@ class NoiseMaskPolicy(Classifier):
             optimizer: Any = self.optimizers()
             optimizer.optimizer.state.clear()  # a second run would begin without momentum, too
 
-    def configure_optimizers(self) -> Any:
-        h = self.hparams
-        groups = parameter_groups(self, lr=h["lr"], weight_decay=h["weight_decay"])
-        if h["optimizer"] == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=h["lr"], momentum=h["momentum"])
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=h["lr"])
-        total = max(self.trainer.max_epochs or 1, 1)
+    def lr_factor(self, epoch: int) -> float:
+        h, total = self.hparams, max(self.trainer.max_epochs or 1, 1)
         first = {"both": h["pretrain_epochs"], "finetune": 0}.get(h["stage"], total)
-
-        def factor(epoch: int) -> float:
-            if epoch < first:
-                return shape(epoch, first, h["warmup_epochs"], h["schedule"], h["step_epochs"])
-            warmup = h["finetune_warmup_epochs"]
-            over = shape(epoch - first, total - first, warmup, h["schedule"], h["step_epochs"])
-            return h["finetune_lr"] / h["lr"] * over
-
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+        if epoch < first:
+            return shape(epoch, first, h["warmup_epochs"], h["schedule"], h["step_epochs"])
+        warmup = h["finetune_warmup_epochs"]
+        over = shape(epoch - first, total - first, warmup, h["schedule"], h["step_epochs"])
+        return h["finetune_lr"] / h["lr"] * over

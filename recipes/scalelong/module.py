@@ -381,14 +381,8 @@ class Diffusion(LightningModule):
         if not self._has_real():
             images = getattr(data, "data", data).part("train")  # of latents: the images they are of
             index = torch.arange(rank, len(images) if not self._dry else 8 * world, world)
-            transform, images.transform = images.transform, None
-            views, images.views = images.views, 1
-            try:
-                for part in index.split(256):
-                    batch = images.__getitems__([Draw(0, i) for i in part.tolist()])
-                    self.quality.update(_bytes(batch["image"].to(self.device)), real=True)
-            finally:
-                images.transform, images.views = transform, views
+            for part in index.split(256):
+                self.quality.update(_bytes(images.plain(part.tolist())["image"].to(self.device)), real=True)
         mine = torch.arange(rank, count, world)
         with self._progress(f"samples for {what}", len(mine)) as advance:
             for part in mine.split(self.hparams["sample_batch_size"]):

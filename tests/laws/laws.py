@@ -280,7 +280,7 @@ def two_ranks_are_one(ranks: Sequence[list[dict[str, Tensor]]], recipe: str, mak
             )
 
 
-class _Kill(Callback):
+class Kill(Callback):
     """Saves and stops where a signal would."""
 
     def __init__(self, file: Path, step: int) -> None:
@@ -306,7 +306,7 @@ def resume_is_exact(recipe: str, make: Make, folder: Path, stop: int) -> None:
     runner.fit(whole, datamodule=cells.data(recipe))
     file = folder / "killed.ckpt"
     with contextlib.suppress(KeyError):
-        trainer(make(), _Kill(file, stop), max_epochs=3).fit(cells.recipe(recipe), datamodule=cells.data(recipe))
+        trainer(make(), Kill(file, stop), max_epochs=3).fit(cells.recipe(recipe), datamodule=cells.data(recipe))
     again, rest = cells.recipe(recipe), _Losses()
     torch.manual_seed(99)  # whatever the process drew before must not matter
     resumed = trainer(make(), rest, max_epochs=3)

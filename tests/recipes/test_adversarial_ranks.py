@@ -68,7 +68,7 @@ def fit(*more, **options):
 
 whole = fit()
 with contextlib.suppress(KeyError):
-    fit(laws._Kill(folder / "there.ckpt", 13))
+    fit(laws.Kill(folder / "there.ckpt", 13))
 again = fit(ckpt_path=folder / "there.ckpt", weights_only=True)
 assert not cells.differing(whole, again)
 torch.save(whole, folder / f"{os.environ['RANK']}.pt")

@@ -110,7 +110,7 @@ def test_they_resume_and_run_in_bf16(objective: str, tmp_path: Any) -> None:
     cells.trainer(max_epochs=2).fit(whole, datamodule=cells.data("adversarial_training"))
     half = vit(objective, 0.1, **settings)
     with contextlib.suppress(KeyError):
-        stop = laws._Kill(tmp_path / "there.ckpt", 4)
+        stop = laws.Kill(tmp_path / "there.ckpt", 4)
         cells.trainer(stop, max_epochs=2).fit(half, datamodule=cells.data("adversarial_training"))
     again = vit(objective, 0.1, **settings)
     cells.trainer(max_epochs=2).fit(

@@ -412,7 +412,7 @@ def test_validation_uses_the_average_and_training_goes_on_from_its_own() -> None
 
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_run_with_averages_resumes_exactly(stop: int, tmp_path: Path) -> None:
-    from tests.laws.laws import _Kill
+    from tests.laws.laws import Kill
 
     def callbacks() -> list[Any]:
         return [LongSkipScaling("ls"), EMAWeightAveraging(decay=0.8, use_buffers=False)]
@@ -421,7 +421,7 @@ def test_a_run_with_averages_resumes_exactly(stop: int, tmp_path: Path) -> None:
     cells.trainer(*callbacks(), max_epochs=3).fit(whole, datamodule=cells.data("scalelong"))
     file = tmp_path / "killed.ckpt"
     with pytest.raises(KeyError):
-        killed = cells.trainer(*callbacks(), _Kill(file, stop), max_epochs=3)
+        killed = cells.trainer(*callbacks(), Kill(file, stop), max_epochs=3)
         killed.fit(make(), datamodule=cells.data("scalelong"))
     again = make()
     cells.trainer(*callbacks(), max_epochs=3).fit(
