@@ -43,7 +43,7 @@ def embedding_layer(module: LightningModule) -> str:
     raise ValueError(f"{type(backbone).__name__} has no token embedding; name a layer. {layers_there(backbone)}")
 
 
-def _tokens(like: Tensor, mask: Tensor | None) -> Tensor:
+def moving_tokens(like: Tensor, mask: Tensor | None) -> Tensor:
     """1 for what may move, 0 for padding, to be multiplied with ``like`` (B, T, ...)."""
     if mask is None:
         return torch.ones_like(like[..., :1])
@@ -61,7 +61,7 @@ def freelb_start(uniform: Tensor, mag: float, norm: Norm = "l2", mask: Tensor | 
         norm: ``l2`` (of an example's tokens together) or ``linf``.
         mask: (B, T), 0 for padding; None: all tokens move.
     """
-    moving = _tokens(uniform, mask)
+    moving = moving_tokens(uniform, mask)
     delta = (2 * uniform - 1) * moving * mag
     if norm == "l2":
         entries = moving.expand_as(uniform).flatten(1).sum(1).clamp_min(1)
@@ -73,7 +73,7 @@ def freelb_step(
     delta: Tensor, gradient: Tensor, alpha: float, eps: float | None, norm: Norm = "l2", mask: Tensor | None = None
 ) -> Tensor:
     """One ascent step (arXiv 1909.11764, algorithm 1): alpha g / |g| of each example, then back to length eps."""
-    gradient = gradient * _tokens(gradient, mask)
+    gradient = gradient * moving_tokens(gradient, mask)
     order = 2.0 if norm == "l2" else torch.inf
     delta = delta + alpha * gradient / length(gradient, order).clamp_min(1e-12)
     if eps is None:
@@ -86,7 +86,7 @@ def freelb_step(
 def smart_step(noise: Tensor, gradient: Tensor, alpha: float, eps: float, mask: Tensor | None = None) -> Tensor:
     """One ascent step of (B, T, D): of each token alpha g / |g|_inf, then clipped to eps (arXiv 1911.03437, alg. 1)."""
     gradient = gradient / gradient.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-    return ((noise + alpha * gradient) * _tokens(noise, mask)).clamp(-eps, eps)
+    return ((noise + alpha * gradient) * moving_tokens(noise, mask)).clamp(-eps, eps)
 
 
 def symmetric_divergence(logits: Tensor, adv_logits: Tensor) -> Tensor:

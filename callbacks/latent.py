@@ -17,13 +17,22 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from callbacks.adversary import pgd
-from callbacks.balls import Norm, check, length, on_ball
+from callbacks.balls import Norm, check, length, per_example
+from callbacks.embeddings import moving_tokens
 from callbacks.layers import Added, Behind, backbone_of, find_layers, stages
 from callbacks.perturbation import Batch, Mode, Perturbation, crafting
 
 
 def latent_pgd(
-    head: Callable[[Tensor], Tensor], h: Tensor, *, eps: float, alpha: float, steps: int, norm: Norm, start: Tensor
+    head: Callable[[Tensor], Tensor],
+    h: Tensor,
+    *,
+    eps: float,
+    alpha: float,
+    steps: int,
+    norm: Norm,
+    start: Tensor,
+    entries: Tensor | None = None,
 ) -> Tensor:
     """A perturbation (B, ...) of h that makes the loss large.
 
@@ -35,11 +44,12 @@ def latent_pgd(
         steps: at least 1.
         norm: ``linf`` or ``l2``.
         start: (B, ...) within the unit ball, times ``eps`` where the attack begins.
+        entries: (B,) how many of an example's features are no padding; all if omitted.
     """
     h = h.float()
     unit = length(h).clamp_min(torch.finfo(h.dtype).tiny)
     if norm == "linf":
-        unit = unit / h[0].numel() ** 0.5
+        unit = unit / (h[0].numel() ** 0.5 if entries is None else per_example(entries.to(h.dtype).sqrt(), h))
     scaled = h / unit
     moved = pgd(
         lambda z: head(z * unit),
@@ -64,6 +74,7 @@ class LatentAdversarial(Perturbation):
         steps: of PGD.
         norm: ``linf`` or ``l2``.
         attack_mode: mode of the network while the attack runs; see :func:`callbacks.perturbation.crafting`.
+        mask: entry of the batch, (B, T), that is 0 for padding, which doesn't move; of features (B, T, D).
         schedule: see :class:`callbacks.perturbation.Perturbation`.
 
     Raises:
@@ -82,6 +93,7 @@ class LatentAdversarial(Perturbation):
         steps: int = 5,
         norm: Norm = "l2",
         attack_mode: Mode = "eval",
+        mask: str = "attention_mask",
         **schedule: Any,
     ) -> None:
         super().__init__(**schedule)
@@ -89,7 +101,7 @@ class LatentAdversarial(Perturbation):
         if steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
         self.layer, self.eps, self.alpha, self.steps = layer, eps, eps / 4 if alpha is None else alpha, steps
-        self.norm, self.attack_mode = norm, attack_mode
+        self.norm, self.attack_mode, self.mask = norm, attack_mode, mask
         self._added: Added | None = None
 
     def attach(self, module: LightningModule) -> None:
@@ -110,11 +122,16 @@ class LatentAdversarial(Perturbation):
         with crafting(module, self.attack_mode):
             behind = Behind(module, self._layer)
             h = behind.reach(lambda: loss(batch))
+            mask = batch.get(self.mask)
+            mask = mask if h.dim() == 3 and mask is not None and mask.shape == h.shape[:2] else None
+            moving = moving_tokens(h, mask).float()
+            entries = moving.expand_as(h).flatten(1).sum(1)
             if self.norm == "linf":
-                start = 2 * self.rows("start", h) - 1
+                start = (2 * self.rows("start", h) - 1) * moving
             else:
-                radius = self.uniform("radius", len(h), device=h.device)
-                start = on_ball(self.rows("start", h, "normal"), radius, 1.0)
+                radius = self.uniform("radius", len(h), device=h.device).pow(1 / entries)
+                direction = self.rows("start", h, "normal") * moving
+                start = direction / length(direction).clamp_min(1e-12) * per_example(radius, h)
 
             def head(z: Tensor) -> Tensor:
                 behind.again(z.to(h.dtype))
@@ -122,7 +139,14 @@ class LatentAdversarial(Perturbation):
 
             with behind.replaying():
                 delta = latent_pgd(
-                    head, h, eps=self.eps, alpha=self.alpha, steps=self.steps, norm=self.norm, start=start
+                    head,
+                    h,
+                    eps=self.eps,
+                    alpha=self.alpha,
+                    steps=self.steps,
+                    norm=self.norm,
+                    start=start,
+                    entries=entries,
                 )
         self._added.delta = delta
 

@@ -35,6 +35,7 @@ from datamodules.mnist import MNIST
 from datamodules.modalities import Modalities
 from datamodules.radimagenet import RadImageNet
 from datamodules.retrieval import MSMT17, Market1501
+from datamodules.text import Mails, Tweets
 
 __all__ = [
     "CIFAR10",
@@ -74,6 +75,7 @@ __all__ = [
     "ImageNetSketch",
     "ImageNetV2",
     "Latents",
+    "Mails",
     "Market1501",
     "MedMNIST",
     "MiniDomainNet",
@@ -83,4 +85,5 @@ __all__ = [
     "RadImageNet",
     "StanfordCars",
     "TinyImageNet",
+    "Tweets",
 ]

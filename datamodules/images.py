@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,13 +18,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from datamodules.sampling import Draw, EvalBatches, TrainBatches
+from datamodules.loading import PartsDataModule, progress, run_seed  # noqa: F401  # run_seed: used from here
+from datamodules.sampling import Draw
 
 log = logging.getLogger(__name__)
 #: Random numbers per example and epoch: flip, whether to shift, how far down and to the right, the user's transform.
@@ -43,11 +42,6 @@ IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 OnCorrupt = Literal["error", "skip"]
 #: A part of an image, in its own pixels: left, top, right, bottom.
 Window = tuple[int, int, int, int]
-
-
-def run_seed() -> int:
-    """The seed of ``seed_everything`` (0 if it was never called)."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 # ---------------------------------------------------------------------- decoding
@@ -96,23 +90,6 @@ def _inside(image: Image.Image, window: Window) -> Image.Image:
     if window[0] < 0 or window[1] < 0 or window[2] > image.width or window[3] > image.height:
         raise ValueError(f"it has {image.width}x{image.height} pixels, which don't hold the window {window}")
     return image.crop(window)
-
-
-def _progress(what: str, total: int) -> Any:
-    """A bar on a terminal, a line elsewhere: reading a large benchmark takes minutes."""
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    if total >= MANY:
-        log.info("%s: %d files", what, total)
-    bar = Progress(
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        transient=True,
-        disable=total < MANY or not sys.stdout.isatty(),
-    )
-    bar.add_task(what, total=total)
-    return bar
 
 
 # ---------------------------------------------------------------------- sets of images
@@ -203,7 +180,10 @@ class ImageSet(Dataset[dict[str, Tensor]]):
                 images[i] = image
 
         files = self.files
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, _progress("reading images", len(files)) as bar:
+        with (
+            ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
+            progress("reading images", len(files), MANY, "files") as bar,
+        ):
             for _ in pool.map(read, range(len(files))):
                 bar.advance(bar.task_ids[0])
         if bad:
@@ -354,10 +334,6 @@ class Augmentation:
 # ---------------------------------------------------------------------- the DataModule
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
 def choose(what: str, wanted: Sequence[str], known: Sequence[str]) -> list[int]:
     """Positions of the wanted names among the known ones.
 
@@ -378,7 +354,7 @@ def check_image_size(size: int | None) -> None:
         raise ValueError(f"image_size must be at least 8, not {size}")
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(PartsDataModule[ImageSet]):
     """Loaders over three :class:`ImageSet`; a dataset's class fills them in :meth:`load`.
 
     Args:
@@ -393,14 +369,11 @@ class ImageDataModule(LightningDataModule):
             the area lies between these two numbers (``[0.08, 1]`` is usual), its aspect between 3/4 and 4/3.
     """
 
-    #: Known as soon as the object is there; the command line hands them to the model.
-    num_classes: int
-    class_names: list[str]
-    domain_names: list[str]
     image_size: int
     in_chans: int = 3
     #: Folder of the autoencoder whose latents the images are; None: pixels.
     vae: str | None = None
+    unit = "images"
 
     def __init__(
         self,
@@ -413,92 +386,32 @@ class ImageDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         crop_scale: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__()
-        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
-            raise ValueError("batch sizes must be at least 1")
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
-        self.num_workers, self._seed = num_workers, seed
+        super().__init__(batch_size, num_workers, seed, eval_batch_size)
         self.flip, self.translate, self.transform, self.crop_scale = flip, translate, transform, crop_scale
-        self._sets: dict[str, ImageSet] = {}
-        self._resumed: dict[str, int] | None = None
-        self._order: TrainBatches | None = None
         #: A folder whose images are predicted in place of the test data's.
         self.predict_folder: Path | None = None
-        #: How often each training batch comes in a row; set by techniques that replay batches, before the loaders are.
-        self.replays = 1
         #: How many independently drawn views of each training image a batch has, 1 or 2 (``image``, ``view``); set by
         #: recipes that compare views, before the loaders are made.
         self.views = 1
 
-    @property
-    def seed(self) -> int:
-        return run_seed() if self._seed is None else self._seed
-
-    # ------------------------------------------------------------------ what a dataset's class says
-
-    def load(self, part: Literal["train", "val", "test"]) -> ImageSet:
-        """Read one part, called once for each part that is needed."""
-        raise NotImplementedError(f"{type(self).__name__} must define load(part)")
-
-    # ------------------------------------------------------------------ loaders
-
-    def setup(self, stage: str) -> None:
-        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}[stage]
-        if stage == "predict" and self.predict_folder is not None:
-            needed = ()
-        for part in needed:
-            if part not in self._sets:
-                self._sets[part] = self.load(part)  # type: ignore[arg-type]
-                if len(self._sets[part]) == 0:
-                    raise ValueError(f"{type(self).__name__} has no images for '{part}'")
-
-    def part(self, part: Literal["train", "val", "test", "predict"]) -> ImageSet:
-        """One part, read if need be; for notebooks and tests."""
-        if part not in self._sets and part != "predict":
-            self._sets[part] = self.load(part)
-        return self._sets[part]
-
-    def _loader(self, part: Literal["train", "val", "test", "predict"], batches: Any) -> DataLoader[Any]:
-        return DataLoader(
-            self.part(part),
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            collate_fn=_as_is,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        examples = self.part("train")
+    def ready_for_training(self, examples: ImageSet) -> None:
         examples.transform = Augmentation(
             self.seed, len(examples), self.flip, self.translate, self.transform, self.crop_scale
         )
         examples.views = self.views
-        order = TrainBatches(len(examples), self.batch_size, self.seed, replays=self.replays)
-        if self._resumed is not None:
-            order.epoch, order.consumed = self._resumed["epoch"], self._resumed["consumed"]
-            order.replayed = self._resumed["replayed"] % self.replays
-            self._resumed = None
-        elif self.trainer is not None:
-            order.epoch = self.trainer.current_epoch
-        self._order = order
-        return self._loader("train", order)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("val", EvalBatches(len(self.part("val")), self.eval_batch_size))
+    # ------------------------------------------------------------------ a folder of the user's
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test", EvalBatches(len(self.part("test")), self.eval_batch_size))
+    @property
+    def given(self) -> Path | None:
+        return self.predict_folder
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        if self.predict_folder is None:
-            return self.test_dataloader()
+    def load_given(self) -> ImageSet:
         files = self.files_to_predict()
         size = (self.image_size, self.image_size)
         unknown = torch.full((len(files),), -1)
         images = Files(files, self.in_chans, size, getattr(self, "crop", 0.0))
-        self._sets["predict"] = ImageSet(images, {"label": unknown, "domain": torch.zeros_like(unknown)})
-        return self._loader("predict", EvalBatches(len(files), self.eval_batch_size))
+        return ImageSet(images, {"label": unknown, "domain": torch.zeros_like(unknown)})
 
     def files_to_predict(self) -> list[Path]:
         """The images in ``predict_folder`` and its subfolders, sorted.
@@ -513,23 +426,3 @@ class ImageDataModule(LightningDataModule):
         if not found:
             raise FileNotFoundError(f"there is no image in {folder} (looked for {', '.join(IMAGES)})")
         return found
-
-    # ------------------------------------------------------------------ exact resume
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the order of the data stands: the epoch, and examples consumed of it over all ranks."""
-        if self.trainer is None or self._order is None:
-            return {}
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        epoch = self.trainer.current_epoch
-        done = progress.current.processed  # type: ignore[attr-defined]  # declared as a narrower class
-        if progress.is_last_batch or done >= len(self._order):
-            return {"epoch": epoch + 1, "consumed": 0}
-        batches, replayed = divmod(done, self._order.replays)
-        place = {"epoch": epoch, "consumed": batches * self._order.step}
-        return {**place, "replayed": replayed} if replayed else place
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumed = (
-            {"replayed": 0, **{key: int(value) for key, value in state_dict.items()}} if state_dict else None
-        )

@@ -8,8 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.utils.data import Sampler
+
+#: Steps whose examples are sorted by length together; fewer waste more on padding, more repeat each other's company.
+POOL = 25
 
 
 class Draw(NamedTuple):
@@ -34,6 +37,11 @@ class TrainBatches(Sampler[list[Draw]]):
     see what one process with batch 2b sees. ``consumed`` examples of the epoch (counted over all ranks, so that the
     number of ranks may change) are skipped once, which is how a run resumes in mid-epoch.
 
+    With ``lengths`` a step has examples of about the same length, so that little is padded: the shuffled examples are
+    cut into pools of :data:`POOL` steps, sorted by length within a pool and cut into steps, and the steps are shuffled.
+    That order depends on the number of examples in a step too, its ``block``: the rest of an epoch that was begun with
+    another one is read with that one, so that nothing comes twice or is left out.
+
     Args:
         size: examples in the set.
         batch_size: per rank.
@@ -41,6 +49,7 @@ class TrainBatches(Sampler[list[Draw]]):
         rank: of this process; asked of torch.distributed if omitted.
         world: number of ranks; likewise.
         replays: each batch comes so many times in a row; :attr:`replayed` of the first one's are skipped once.
+        lengths: (size,) of each example; omitted: they are all alike.
 
     Raises:
         ValueError: if the set is smaller than one step of all ranks.
@@ -54,6 +63,7 @@ class TrainBatches(Sampler[list[Draw]]):
         rank: int | None = None,
         world: int | None = None,
         replays: int = 1,
+        lengths: Tensor | None = None,
     ) -> None:
         here = ranks()
         self.rank = here[0] if rank is None else rank
@@ -62,11 +72,14 @@ class TrainBatches(Sampler[list[Draw]]):
         self.step = batch_size * self.world
         if size < self.step:
             raise ValueError(
-                f"{size} training images don't fill one step of {self.world} x {batch_size}: lower --data.batch_size"
+                f"{size} training examples don't fill one step of {self.world} x {batch_size}: lower --data.batch_size"
             )
         self.epoch = 0
         self.consumed = 0
         self.replays, self.replayed = replays, 0
+        self.lengths = lengths
+        #: Examples in a step of the run that began the epoch, where ``consumed`` are skipped; used once, too.
+        self.block = self.step
 
     @property
     def sampler(self) -> TrainBatches:
@@ -79,10 +92,21 @@ class TrainBatches(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return self.size // self.step * self.replays
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def _order(self, block: int) -> list[int]:
+        """All examples in the order of this epoch, (size,)."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
-        first, self.consumed = self.consumed, 0
+        order = torch.randperm(self.size, generator=generator)
+        if self.lengths is None:
+            return order.tolist()
+        full = self.size // block * block
+        taken, left = order[:full], order[full:]  # what is left is drawn before it is sorted: not always the longest
+        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in taken.split(POOL * block)]
+        steps = torch.cat(pools).view(-1, block)
+        return torch.cat([steps[torch.randperm(len(steps), generator=generator)].flatten(), left]).tolist()
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order = self._order(self.block)
+        first, self.consumed, self.block = self.consumed, 0, self.step
         skipped, self.replayed = self.replayed, 0
         epoch = self.epoch
         for start in range(first, self.size - self.step + 1, self.step):
@@ -93,25 +117,35 @@ class TrainBatches(Sampler[list[Draw]]):
 
 
 class EvalBatches(Sampler[list[Draw]]):
-    """Every example once, in order, in the same number of batches on all ranks and without padding.
+    """Every example once, in the same number of batches on all ranks, none of them filled up.
 
-    Batches differ in size by at most one, so no example is counted twice and no rank waits for another.
+    Batches differ in size by at most one, so no example is counted twice and no rank waits for another. Examples come
+    in order; with ``lengths`` the longest first, so that little is padded, and what doesn't fit into memory shows soon.
 
     Args:
         size: examples in the set; at least one per rank.
         batch_size: the largest batch per rank (of 1, two where the ranks' shares differ).
         rank: of this process; asked of torch.distributed if omitted.
         world: number of ranks; likewise.
+        lengths: (size,) of each example; omitted: they are all alike.
     """
 
-    def __init__(self, size: int, batch_size: int, rank: int | None = None, world: int | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        rank: int | None = None,
+        world: int | None = None,
+        lengths: Tensor | None = None,
+    ) -> None:
         here = ranks()
         rank = here[0] if rank is None else rank
         world = here[1] if world is None else world
         if size < world:
-            raise ValueError(f"{size} images can't be shared by {world} ranks: evaluate on fewer")
+            raise ValueError(f"{size} examples can't be shared by {world} ranks: evaluate on fewer")
         batches = math.ceil(math.ceil(size / world) / batch_size)
-        own = np.arange(rank, size, world)
+        order = np.arange(size) if lengths is None else lengths.argsort(descending=True, stable=True).numpy()
+        own = order[rank::world]
         self.batches = [part.tolist() for part in np.array_split(own, min(batches, size // world))]
 
     def __len__(self) -> int:

@@ -33,7 +33,7 @@ def hold_out(label: Tensor, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         share = size // len(classes) + (number < size % len(classes))
         if not 0 <= share <= len(where):
             raise ValueError(
-                f"{size} of {len(label)} images can't be chosen evenly: class {int(each)} has {len(where)}"
+                f"{size} of {len(label)} examples can't be chosen evenly: class {int(each)} has {len(where)}"
             )
         held.append(where[torch.randperm(len(where), generator=generator)[:share]])
     chosen = torch.zeros(len(label), dtype=torch.bool)

@@ -43,6 +43,8 @@ LINKED = (
     "class_sentences",
     "template",
     "vocabulary",
+    "class_counts",
+    "pairs",
     "vae",
 )
 #: "omegaconf" resolves each file alone; "omegaconf+" resolves after all files and flags are merged.
@@ -57,7 +59,7 @@ TRAINER = {
 #: The last run that ended well in this process, of the first rank; for what a recipe does after it.
 finished: Run | None = None
 #: Keys of a run's settings that belong to that one call and not to its checkpoint.
-_OF_THE_CALL = ("config", "ckpt_path", "images", "classes", "return_predictions", "verbose", "weights_only")
+_OF_THE_CALL = ("config", "ckpt_path", "images", "texts", "classes", "return_predictions", "verbose", "weights_only")
 
 
 def import_plugs() -> None:
@@ -80,7 +82,11 @@ def import_plugs() -> None:
                     log.debug("%s.%s is left out: %s", package, module.name, error)
 
 
-def _from_data(name: str, data: LightningDataModule) -> Any:
+def _from_data(name: str, saved: dict[str, Any], data: LightningDataModule) -> Any:
+    if name in saved:  # the words that the weights belong to, whatever training split is there now, if any
+        if name == "vocabulary":
+            data.use_vocabulary(saved[name])  # type: ignore[operator]  # of data whose recipe keeps its words
+        return saved[name]
     try:
         return getattr(data, name)
     except AttributeError:
@@ -227,7 +233,7 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in LINKED:
             if f"--model.{name}" in parser._option_string_actions:
-                compute = functools.partial(_from_data, name)
+                compute = functools.partial(_from_data, name, self._saved.learned if self._saved else {})
                 parser.link_arguments("data", f"model.{name}", compute_fn=compute, apply_on="instantiate")
         parser.add_argument(
             "--wandb",
@@ -241,6 +247,12 @@ class RecipeCLI(LightningCLI):
                 type=str | None,
                 default=None,
                 help="a folder of images and its subfolders, in place of the test data; writes predictions.csv",
+            )
+            parser.add_argument(
+                "--texts",
+                type=str | None,
+                default=None,
+                help="a file with a text in each line, in place of the test data; writes predictions.csv",
             )
             parser.add_argument(
                 "--classes",
@@ -372,6 +384,11 @@ class RecipeCLI(LightningCLI):
             if not hasattr(self.datamodule, "predict_folder"):
                 raise ValueError(f"{type(self.datamodule).__name__} can't read a folder of images: leave --images out")
             self.datamodule.predict_folder = Path(folder).expanduser()
+        texts = self.config_init[self._verb]["texts"]
+        if texts is not None:
+            if not hasattr(self.datamodule, "predict_texts"):
+                raise ValueError(f"{type(self.datamodule).__name__} can't read texts: leave --texts out")
+            self.datamodule.predict_texts = Path(texts).expanduser()
         classes = self.config_init[self._verb]["classes"]
         if classes is not None:
             if folder is None:

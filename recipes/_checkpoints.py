@@ -11,6 +11,10 @@ from typing import Any
 import torch
 
 
+#: Settings of models of texts that come from the training split: the words, and how many examples each class has.
+LEARNED = ("vocabulary", "class_counts")
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is missing, unreadable or of another recipe. ``hint`` says what to do."""
 
@@ -25,6 +29,8 @@ class Saved:
 
     file: Path
     settings: dict[str, Any] = field(default_factory=dict)
+    #: What its model was given by the training data, and no other data may give it.
+    learned: dict[str, Any] = field(default_factory=dict)
 
     @property
     def run_folder(self) -> Path | None:
@@ -108,7 +114,8 @@ def read(file: Path, model: type, dotted: str, verb: str) -> Saved:
         raise CheckpointError(f"{file} is not a checkpoint that can be read ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{file} is not a Lightning checkpoint: it holds no 'state_dict'")
-    stamp = checkpoint.get("recipe")
+    stamp, given = checkpoint.get("recipe"), checkpoint.get("hyper_parameters", {})
+    learned = {k: given[k] for k in LEARNED if k in given and "class_counts" in given}
     if isinstance(stamp, dict):
         if stamp["model"] != dotted:
             module = stamp["model"].rpartition(".")[0].removesuffix(".module")
@@ -116,12 +123,12 @@ def read(file: Path, model: type, dotted: str, verb: str) -> Saved:
                 f"{file} was saved by the recipe '{stamp['name']}' ({stamp['model']}), not by this one ({dotted})",
                 f"python -m {module} {verb} --ckpt_path {file}",
             )
-        return Saved(file, dict(stamp["config"]))
+        return Saved(file, dict(stamp["config"]), learned)
     taken = inspect.signature(model).parameters
-    values = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if not k.startswith("_")}
+    values = {k: v for k, v in given.items() if not k.startswith("_")}
     alien = sorted(set(values) - set(taken))
     if alien and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         raise CheckpointError(
             f"{file} belongs to another model than {dotted}: that one has the setting '{alien[0]}', this one doesn't"
         )
-    return Saved(file, {"model": values})
+    return Saved(file, {"model": values}, learned)

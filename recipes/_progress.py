@@ -32,7 +32,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress(ProgressBar):
-    """Loss, the monitored metric, images a second (of all ranks, training only) and the time to the run's end.
+    """Loss, the monitored metric, images (or texts) a second (of all ranks, training only) and the time to the run's end.
 
     Metrics are read only when something is shown: reading a tensor on a GPU waits for it.
 
@@ -80,7 +80,8 @@ class Progress(ProgressBar):
         return "  ".join(f"{n} {float(seen[n]):.4f}" for n in names)
 
     def _rate(self, trainer: Trainer) -> str:
-        return f"{self._images * trainer.world_size / self._busy:,.0f} images/s" if self._busy > 0 else ""
+        unit = getattr(getattr(trainer, "datamodule", None), "unit", "images")
+        return f"{self._images * trainer.world_size / self._busy:,.0f} {unit}/s" if self._busy > 0 else ""
 
     def _eta(self, trainer: Trainer) -> str:
         left = self._total(trainer) - self._done

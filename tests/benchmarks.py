@@ -40,6 +40,7 @@ from recipes._run import quiet
 from recipes.adversarial_training import AdversarialTrainer
 from recipes.classifier import Classifier
 from recipes.coprompt import CoPrompt
+from tests.benchmark_attention import attention_table
 from tests.benchmark_masks import mask_table
 from tests.benchmark_skips import skip_table
 
@@ -509,7 +510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small network and few steps, to see that it works")
     parser.add_argument("--steps", type=int, default=30, help="pairs of steps for each row")
-    parts = ("all", "loop", "adversarial", "prompts", "skips", "masks")
+    parts = ("all", "loop", "adversarial", "prompts", "skips", "masks", "attention")
     parser.add_argument("--part", choices=parts, default="all", help="which of the tables")
     args = parser.parse_args(argv)
     net, batch, size, n = ("resnet10t", 8, 32, 3) if args.quick else ("resnet18", 64, 64, args.steps)
@@ -547,6 +548,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lambda: classifier(net, size),
                 shown,
             )
+    if args.part in ("all", "attention"):
+        size, tokens, hidden, n = (4, 16, 8, 2) if args.quick else (32, 128, 128, args.steps)
+        where = f"BiLSTM {hidden}, batch {size}, {tokens} tokens, {torch.get_num_threads()} thread(s)"
+        print(f"\n{where}, torch {torch.__version__}; median (quartiles) of {n} pairs")
+        with quiet():
+            attention_table(size, tokens, hidden, n, shown)
     return 0
 
 

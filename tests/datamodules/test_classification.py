@@ -45,7 +45,7 @@ def test_a_part_is_held_out_evenly(counts: list[int], each: int, seed: int) -> N
 
 def test_splits_say_what_is_wrong() -> None:
     label = torch.tensor([0, 0, 0, 1])
-    with pytest.raises(ValueError, match="4 of 4 images can't be chosen evenly: class 1 has 1"):
+    with pytest.raises(ValueError, match="4 of 4 examples can't be chosen evenly: class 1 has 1"):
         hold_out(label, 4)
     with pytest.raises(ValueError, match="labelled must be at least 1"):
         FashionMNIST(labelled=0)

@@ -24,6 +24,7 @@ import callbacks
 from callbacks.exact_resume import ExactResume
 from callbacks.perturbation import Perturbation
 from datamodules.images import ImageDataModule, ImageSet
+from datamodules.text import Examples, TextDataModule
 from recipes.__main__ import read_cards
 from recipes._cli import HOME
 from recipes.clip import towers
@@ -57,8 +58,8 @@ def small_clip() -> str:
 
 
 #: In which precision two ranks are compared with one process, if not in float32. The bias of attention's keys has no
-#: gradient but for rounding, and Adam divides that by itself.
-PRECISION: dict[str, Any] = {"clip": "64-true", "scalelong": "64-true"}
+#: gradient but for rounding, and Adam divides that by itself; so it is with additive attention's.
+PRECISION: dict[str, Any] = {"clip": "64-true", "scalelong": "64-true", "attention_at": "64-true"}
 #: Arguments of techniques that can't do without, by class name.
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "AdversarialInput": {"steps": 2},
@@ -79,6 +80,9 @@ RECIPES["coprompt"] = {
     **{"domain_names": ("base", "novel"), "domain_classes": ((0, 1), (2,))},
 }
 RECIPES["noise_mask"] = {"stage": "pretrain"}
+#: What texts are made of.
+VOCABULARY = ["<pad>", "<unk>", *(f"w{i}" for i in range(28))]
+RECIPES["attention_at"] = {"vocabulary": VOCABULARY, "embedding_dim": 16, "hidden": 16, "lr": 0.01}
 RECIPES["scalelong"] = {
     "network_args": {"patch_size": 8, "dim": 32, "depth": 4, "heads": 2},
     **{"lr": 1e-3, "warmup_steps": 0, "sample_steps": 2, "test_samples": 0, "num_samples": 4},
@@ -86,6 +90,16 @@ RECIPES["scalelong"] = {
 for _technique in ("FreeLB",):
     ON["coprompt", _technique] = ON["clip", _technique]
     ON["scalelong", _technique] = {"layer": "in_blocks.0"}
+
+ON["attention_at", "FreeLB"], ON["attention_at", "LatentAdversarial"] = {"layer": "embed"}, {"layer": "encoder"}
+ON["attention_at", "AttentionPerturbation"] = {"layers": ["attention.scores"]}
+for _name in ("classifier", "advstyle", "adversarial_training", "noise_mask"):  # whose small network is a ResNet
+    APART[_name, "AttentionPerturbation"] = "no attention"
+
+for _name in ("AdversarialInput", "FreeAdversary", "NoiseMask"):  # words are numbers of a list
+    APART["attention_at", _name] = "image"
+for _name in ("MixStyle", "EFDMix", "DSU", "AdvStyle"):  # a style is one of images
+    APART["attention_at", _name] = "no stages found in AttentionNetwork"
 
 _SMALL: dict[str, Any] = {
     "backbone": "resnet10t",
@@ -203,8 +217,25 @@ class Divided(Images):
             images.entries["domain"] = (label == 2).long()
 
 
+class Words(TextDataModule):
+    """A few random texts of one to nine words."""
+
+    def __init__(self, size: int = BATCH * STEPS, batch_size: int = BATCH) -> None:
+        super().__init__(batch_size=batch_size, seed=7)
+        self.size = size
+        self.num_classes, self.class_names, self.domain_names = CLASSES, ["a", "b", "c"], ["all"]
+        self.use_vocabulary(VOCABULARY)
+
+    def read(self, part: str) -> Examples:  # type: ignore[override]
+        g = torch.Generator().manual_seed({"train": 1, "val": 2, "test": 3}[part])
+        texts = []
+        for length in torch.randint(1, 10, (self.size,), generator=g).tolist():
+            texts.append(" ".join(VOCABULARY[i] for i in torch.randint(2, 30, (length,), generator=g).tolist()))
+        return Examples(texts, [i % CLASSES for i in range(self.size)])
+
+
 #: The DataModule's class of recipes that aren't trained on labelled images, by name of the recipe.
-DATA: dict[str, type[LightningDataModule]] = {"clip": Captioned, "coprompt": Divided}
+DATA: dict[str, type[LightningDataModule]] = {"clip": Captioned, "coprompt": Divided, "attention_at": Words}
 
 
 def trainer(*callbacks: Any, **options: Any) -> Trainer:
