@@ -36,6 +36,7 @@ from datamodules.modalities import Modalities
 from datamodules.radimagenet import RadImageNet
 from datamodules.retrieval import MSMT17, Market1501
 from datamodules.text import Mails, Tweets
+from datamodules.text_benchmarks import CNN, IMDB, SNLI, SST, AGNews, BAbI, MultiNLI, Newsgroups
 
 __all__ = [
     "CIFAR10",
@@ -86,4 +87,12 @@ __all__ = [
     "StanfordCars",
     "TinyImageNet",
     "Tweets",
+    "CNN",
+    "IMDB",
+    "SNLI",
+    "SST",
+    "AGNews",
+    "BAbI",
+    "MultiNLI",
+    "Newsgroups",
 ]

@@ -85,7 +85,7 @@ def import_plugs() -> None:
 def _from_data(name: str, saved: dict[str, Any], data: LightningDataModule) -> Any:
     if name in saved:  # the words that the weights belong to, whatever training split is there now, if any
         if name == "vocabulary":
-            data.use_vocabulary(saved[name])  # type: ignore[operator]  # of data whose recipe keeps its words
+            data.use_vocabulary(saved[name])  # type: ignore[attr-defined]  # data of texts do
         return saved[name]
     try:
         return getattr(data, name)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-
 #: Settings of models of texts that come from the training split: the words, and how many examples each class has.
 LEARNED = ("vocabulary", "class_counts")
 

@@ -32,7 +32,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress(ProgressBar):
-    """Loss, the monitored metric, images (or texts) a second (of all ranks, training only) and the time to the run's end.
+    """Loss, the monitored metric, images or texts a second (of all ranks, training only), the time to the run's end.
 
     Metrics are read only when something is shown: reading a tensor on a GPU waits for it.
 

@@ -94,4 +94,3 @@ def attention_table(size: int, tokens: int, hidden: int, pairs: int, shown: Call
     found = ratios("attention_at", released_step, hidden, size, tokens, pairs)
     print(f"| Attention AT, released arithmetic | {shown(found)} |", flush=True)
     print(f"\npadding: {waste(size):.3f} of the tokens of an epoch of mails, batch {size}")
-

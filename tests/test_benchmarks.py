@@ -16,7 +16,8 @@ from tests import benchmarks
 def test_the_quick_benchmark_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmarks.main(["--quick"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    rows = [line for line in lines if not line.startswith(("| step", "| --", "| CoPrompt's", "| pre-training", "| text classifier"))]
+    heads = ("| step", "| --", "| CoPrompt's", "| pre-training", "| text classifier")
+    rows = [line for line in lines if not line.startswith(heads)]
     assert len(rows) == 8 + len(benchmarks.ADVERSARIAL) + 1 + 2 + 7 + 7
     for row in rows:
         assert all(0.02 < float(value) < 200 for value in re.findall(r"\d+\.\d+", row)), row

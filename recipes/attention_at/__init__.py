@@ -1,4 +1,4 @@
-"""Attention AT and iAT: adversarial training of text classifiers on their attention, with the gold labels or without any.
+"""Attention AT and iAT: adversarial training of text classifiers on their attention, with labels or without.
 
 Paper: Attention Meets Perturbations (arXiv 2009.12064); Attention VAT and iVAT (arXiv 2104.08763)
 Perturbs: the scores of attention, before the softmax

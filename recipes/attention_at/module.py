@@ -199,7 +199,7 @@ class AttentionClassifier(LightningModule):
         self._draws = Draws(name="draws")
         self.val_confusion = DomainConfusion(1, num_classes)
         self.test_confusion = DomainConfusion(len(self.domain_names), num_classes)
-        self.auc = torch.nn.ModuleDict({part: BinaryAUROC() for part in ("val", "test")} if num_classes == 2 else {})
+        self.val_auc, self.test_auc = (BinaryAUROC() if num_classes == 2 else None for _ in range(2))
 
     def configure_callbacks(self) -> list[Callback]:
         there: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
@@ -310,22 +310,22 @@ class AttentionClassifier(LightningModule):
 
     def _count(self, part: Literal["val", "test"], batch: dict[str, Tensor]) -> None:
         logits, label = self(batch), batch["label"]
-        counts = self.val_confusion if part == "val" else self.test_confusion
+        counts, auc = (self.val_confusion, self.val_auc) if part == "val" else (self.test_confusion, self.test_auc)
         domain = torch.zeros_like(label) if part == "val" else batch["domain"]
         counts.update(logits.argmax(-1), label, domain)
-        if part in self.auc:
-            self.auc[part].update((logits[:, 1] - logits[:, 0]).sigmoid(), label)
+        if auc is not None:
+            auc.update((logits[:, 1] - logits[:, 0]).sigmoid(), label)
         if part == "val":
             self.log("val/loss", self.criterion(logits, label), on_epoch=True, batch_size=len(label), sync_dist=True)
 
     def _report(self, part: Literal["val", "test"]) -> None:
         """Accuracy and F1 over all examples, the area under the ROC curve of two classes, accuracy of each domain."""
-        metric = self.val_confusion if part == "val" else self.test_confusion
+        metric, auc = (self.val_confusion, self.val_auc) if part == "val" else (self.test_confusion, self.test_auc)
         counts = metric.compute()
         self.log(f"{part}/acc", accuracy(counts.sum(0)), prog_bar=part == "val", sync_dist=True)
         self.log(f"{part}/f1", f1(counts.sum(0)), prog_bar=part == "val", sync_dist=True)
-        if part in self.auc:
-            self.log(f"{part}/auc", self.auc[part])
+        if auc is not None:
+            self.log(f"{part}/auc", auc)
         if part == "test":
             #: (domains, classes, classes), rows are true classes; kept for the report.
             self.confusion = counts.cpu()
@@ -407,7 +407,7 @@ _MEMBERS = ("params", "parameters")
 
 
 def divergence(target: Tensor, other: Tensor) -> Tensor:
-    """KL(p || p') of each example, (B,), of two rows of logits; classes that may not be answered (-inf) count nothing."""
+    """KL(p || p') of each example, (B,), of two rows of logits; classes at -inf count nothing."""
     log_p, log_q = target.float().log_softmax(-1), other.float().log_softmax(-1)
     apart = torch.where(log_p.isneginf(), 0.0, log_p - log_q.masked_fill(log_p.isneginf(), 0.0))
     return (log_p.exp() * apart).sum(-1)

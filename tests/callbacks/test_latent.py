@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from callbacks.latent import LatentAdversarial, latent_pgd
-from callbacks.layers import Behind
+from callbacks.layers import Added, Behind
 from tests.callbacks.small import trainer
 from tests.laws import cells
 
@@ -176,3 +176,21 @@ def test_mixed_precision_crafts() -> None:
     assert all(p.isfinite().all() for p in module.parameters())
     assert any(not torch.equal(p, before[n]) for n, p in module.named_parameters())
     assert F.cross_entropy(module(torch.rand(2, 3, 32, 32)), torch.tensor([0, 1])).isfinite()
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_padding_neither_moves_nor_counts(norm: Any) -> None:
+    """The same texts with more padding behind them: the same perturbation, none of it on padding."""
+    found = []
+    for width in (0, 6):
+        module, batch = cells.recipe("attention_at"), next(iter(cells.data("attention_at").train_dataloader()))
+        for name in ("tokens", "attention_mask"):
+            batch[name] = F.pad(batch[name], (0, width))
+        technique = LatentAdversarial("encoder", eps=0.3, steps=2, norm=norm, seed=0)
+        technique._layer = module.backbone.encoder
+        technique._added = Added(technique._layer)
+        technique.perturb(module, batch)
+        delta = technique._added.delta
+        assert delta is not None and not delta[~batch["attention_mask"]].any() and delta.any()
+        found.append(delta[:, : delta.shape[1] - width])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)

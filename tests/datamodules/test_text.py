@@ -470,8 +470,9 @@ def test_synonyms_are_other_words_each_once() -> None:
             assert word not in synonyms and len(set(synonyms)) == len(synonyms)
             assert all(s == s.lower() and s and not set(s) & set(" _") for s in (word, *synonyms))
     near, all_of_them = read_synonyms("close"), read_synonyms("wordnet")
-    assert len(all_of_them) == 44_759 and len(near) == 4468
+    assert 44_500 < len(all_of_them) < 44_759 and 4300 < len(near) < 4468  # of the files', function words left out
     assert all(set(synonyms) <= set(all_of_them[word]) for word, synonyms in near.items())
+    assert not {"in", "the", "on", "c"} & all_of_them.keys()
 
 
 def test_synonyms_of_a_word() -> None:
@@ -482,7 +483,7 @@ def test_synonyms_of_a_word() -> None:
     assert data.synonyms("good") == data.synonyms("Good") == list(wanted) and len(wanted) == 32
     assert close.synonyms("good") == ["well"]
     assert data.synonyms("emailaddr") == data.synonyms("") == []
-    assert data.synonyms("in") == data.synonyms("or") == data.synonyms("c") == [], "those are Indiana, Oregon, a hundred"
+    assert data.synonyms("in") == data.synonyms("or") == data.synonyms("c") == [], "Indiana, Oregon, a hundred"
     data.synonyms("good").clear()
     assert data.synonyms("good"), "what a caller does to the list stays with the caller"
     with pytest.raises(ValueError, match="synonyms must be wordnet or close, not near"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -42,8 +40,8 @@ def make(technique: str = "attention_at", **more: Any) -> AttentionClassifier:
     return module
 
 
-def a_batch(classes: int = 2, pairs: bool = False, width: int = 0, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(0)
+def a_batch(classes: int = 2, pairs: bool = False, width: int = 0) -> dict[str, Any]:
+    g, lengths = torch.Generator().manual_seed(0), LENGTHS
     longest = max(*lengths, width)
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
     tokens = torch.randint(1, len(WORDS), (len(lengths), max(lengths)), generator=g)
@@ -331,7 +329,8 @@ def test_vat_is_its_formula() -> None:
         p = p.detach()
         return p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))
 
-    clean = (bce(alone(module.backbone, batch, 0)["out"][0], 1, 3.0) + bce(alone(module.backbone, batch, 3)["out"][0], 0, 3.0)) / 2
+    first, last = (alone(module.backbone, batch, i)["out"][0] for i in (0, 3))
+    clean = (bce(first, 1, 3.0) + bce(last, 0, 3.0)) / 2
     terms = []
     for i, length in enumerate(LENGTHS):
         normal = torch.erfinv(2 * batch["uniform"][i, :length].double() - 1)
@@ -393,7 +392,8 @@ def test_neighbours_are_the_nearest_words_by_cosine() -> None:
     assert found.shape == (2, 4, 5, 6)
     for place in ((0, 0), (0, 1), (0, 2), (1, 2), (1, 3)):
         word = int(tokens[place])
-        near = sorted((k for k in range(2, 30) if k != word), key=lambda k: -float(F.cosine_similarity(table[k], table[word], 0)))
+        cosine = F.cosine_similarity(table, table[word][None])
+        near = sorted((k for k in range(2, 30) if k != word), key=lambda k: -float(cosine[k]))  # noqa: B023
         for k, direction in zip(near[:5], found[place], strict=True):
             torch.testing.assert_close(direction, (table[k] - table[word]) / (table[k] - table[word]).norm())
     assert neighbours(tokens.clamp_max(11), table[:12], NEIGHBOURS).shape == (2, 4, 9, 6)
@@ -493,4 +493,3 @@ def test_names() -> None:
     assert callable(attention_at) and callable(attention_iat)
     assert isinstance(make().backbone.attention.scores, nn.Identity)
     assert run(MODEL, "attention_at", ["--help"]) == 0
-    assert csv and functools
