@@ -15,7 +15,7 @@ with the gradient of its words.
   take part in it.
 * ``released_iat``: minus Attention AT's step, which is what the released code's "iAT" computes.
 
-The loss is L + lam L_adv; of the last but one pair L + lam KL(p || p_adv).
+The loss is L + lam L_adv; of ``attention_vat`` and ``attention_ivat`` L + lam KL(p || p_adv).
 
 What is sound here and not in the released code (shunk031/attention-meets-perturbation, commit d40a5ca):
 
@@ -34,7 +34,7 @@ the word occurs, as Miyato et al. do, so that ``vanilla`` is the same network in
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +75,29 @@ VIRTUAL = ("attention_vat", "attention_ivat")
 START = 0.1
 #: Words to which ``word_iat`` looks from each word.
 NEIGHBOURS = 15
+
+# ---------------------------------------------------------------------- losses and metrics
+
+
+def divergence(target: Tensor, other: Tensor) -> Tensor:
+    """KL(p || p') of each example, (B,), of two rows of logits; classes at -inf count nothing."""
+    log_p, log_q = target.float().log_softmax(-1), other.float().log_softmax(-1)
+    apart = torch.where(log_p.isneginf(), 0.0, log_p - log_q.masked_fill(log_p.isneginf(), 0.0))
+    return (log_p.exp() * apart).sum(-1)
+
+
+def accuracy(confusion: Tensor) -> Tensor:
+    """The share on the diagonal of counts (classes, classes)."""
+    return confusion.diagonal().sum() / confusion.sum().clamp_min(1)
+
+
+def f1(confusion: Tensor) -> Tensor:
+    """F1 of the second of two classes; of more classes the mean of all that occur. Rows are true classes."""
+    hits = confusion.diagonal().float()
+    both = confusion.sum(0) + confusion.sum(1)
+    scores = 2 * hits / both.clamp_min(1)
+    return scores[1] if len(scores) == 2 else scores[both > 0].mean()
+
 
 # ---------------------------------------------------------------------- on words
 
@@ -259,7 +282,7 @@ class AttentionClassifier(LightningModule):
             return clean + self.lam * divergence(logits.detach(), moved).mean()
         return clean + self.lam * self.criterion(moved, label)
 
-    def craft(self, scores: Tensor, read: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    def craft(self, scores: Tensor, read: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """The perturbation r of scores (B, T), a constant.
 
         Args:
@@ -371,10 +394,11 @@ class AttentionClassifier(LightningModule):
     def configure_optimizers(self) -> Any:
         h = self.hparams
         model, *techniques = parameter_groups(self, lr=h["lr"], weight_decay=h["weight_decay"])
+        members = ("params", "parameters")
         inside = [name.startswith("backbone.attention.") for name in model["parameters"]]
 
         def part(attention: bool) -> dict[str, Any]:
-            kept = {k: [v for v, i in zip(model[k], inside, strict=True) if i is attention] for k in _MEMBERS}
+            kept = {k: [v for v, i in zip(model[k], inside, strict=True) if i is attention] for k in members}
             return {**model, **kept, **({"name": "attention", "weight_decay": 0.0} if attention else {})}
 
         return torch.optim.Adam([part(False), part(True), *techniques], lr=h["lr"], amsgrad=True)
@@ -401,26 +425,3 @@ class AttentionClassifier(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         clip_groups(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-
-_MEMBERS = ("params", "parameters")
-
-
-def divergence(target: Tensor, other: Tensor) -> Tensor:
-    """KL(p || p') of each example, (B,), of two rows of logits; classes at -inf count nothing."""
-    log_p, log_q = target.float().log_softmax(-1), other.float().log_softmax(-1)
-    apart = torch.where(log_p.isneginf(), 0.0, log_p - log_q.masked_fill(log_p.isneginf(), 0.0))
-    return (log_p.exp() * apart).sum(-1)
-
-
-def accuracy(confusion: Tensor) -> Tensor:
-    """The share on the diagonal of counts (classes, classes)."""
-    return confusion.diagonal().sum() / confusion.sum().clamp_min(1)
-
-
-def f1(confusion: Tensor) -> Tensor:
-    """F1 of the second of two classes; of more classes the mean of all that occur. Rows are true classes."""
-    hits = confusion.diagonal().double()
-    both = confusion.sum(0) + confusion.sum(1)
-    scores = 2 * hits / both.clamp_min(1)
-    return scores[1] if len(scores) == 2 else scores[both > 0].mean()
