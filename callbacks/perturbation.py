@@ -324,6 +324,8 @@ def crafting(module: nn.Module, mode: Mode = "train_frozen_bn", *, parameters: b
             stack.enter_context(precision.forward_context())
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             stack.enter_context(torch.autocast(device, enabled=False))
+        if mode == "eval" and any(isinstance(m, nn.RNNBase) for m, _ in training):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its backward pass wants training mode
         try:
             if mode == "eval":
                 for submodule, _ in training:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import Sampler
 
+#: The same where each example has two lengths, and how many of a pool's steps are sorted by the second one together.
+PAIRS_POOL, SECTION = 1600, 16
 #: Steps whose examples are sorted by length together; fewer waste more on padding, more repeat each other's company.
 POOL = 25
 
@@ -27,6 +29,22 @@ def ranks() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def by_length(examples: Tensor, lengths: Tensor, section: int, descending: bool = False) -> Tensor:
+    """Examples (n,) sorted by their length, or, where each has two, by the first and within sections by the second.
+
+    Args:
+        examples: positions in ``lengths``.
+        lengths: (size,) or (size, 2).
+        section: how many examples, neighbours in the first length, are sorted by the second.
+        descending: the longest first.
+    """
+    if lengths.dim() == 1:
+        return examples[lengths[examples].argsort(stable=True, descending=descending)]
+    first = examples[lengths[examples, 0].argsort(stable=True, descending=descending)]
+    parts = [part[lengths[part, 1].argsort(stable=True, descending=descending)] for part in first.split(section)]
+    return torch.cat(parts)
 
 
 class TrainBatches(Sampler[list[Draw]]):
@@ -49,7 +67,7 @@ class TrainBatches(Sampler[list[Draw]]):
         rank: of this process; asked of torch.distributed if omitted.
         world: number of ranks; likewise.
         replays: each batch comes so many times in a row; :attr:`replayed` of the first one's are skipped once.
-        lengths: (size,) of each example; omitted: they are all alike.
+        lengths: (size,) of each example, or (size, 2) of its two parts, padded apart; omitted: they are all alike.
 
     Raises:
         ValueError: if the set is smaller than one step of all ranks.
@@ -100,7 +118,8 @@ class TrainBatches(Sampler[list[Draw]]):
             return order.tolist()
         full = self.size // block * block
         taken, left = order[:full], order[full:]  # what is left is drawn before it is sorted: not always the longest
-        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in taken.split(POOL * block)]
+        pool = block * (POOL if self.lengths.dim() == 1 else PAIRS_POOL)
+        pools = [by_length(part, self.lengths, block * SECTION) for part in taken.split(pool)]
         steps = torch.cat(pools).view(-1, block)
         return torch.cat([steps[torch.randperm(len(steps), generator=generator)].flatten(), left]).tolist()
 
@@ -127,7 +146,7 @@ class EvalBatches(Sampler[list[Draw]]):
         batch_size: the largest batch per rank (of 1, two where the ranks' shares differ).
         rank: of this process; asked of torch.distributed if omitted.
         world: number of ranks; likewise.
-        lengths: (size,) of each example; omitted: they are all alike.
+        lengths: (size,) of each example, or (size, 2) of its two parts, padded apart; omitted: they are all alike.
     """
 
     def __init__(
@@ -144,7 +163,10 @@ class EvalBatches(Sampler[list[Draw]]):
         if size < world:
             raise ValueError(f"{size} examples can't be shared by {world} ranks: evaluate on fewer")
         batches = math.ceil(math.ceil(size / world) / batch_size)
-        order = np.arange(size) if lengths is None else lengths.argsort(descending=True, stable=True).numpy()
+        order = np.arange(size)
+        if lengths is not None:
+            section = batch_size * world * max(1, round(math.sqrt(batches)))
+            order = by_length(torch.arange(size), lengths, section, descending=True).numpy()
         own = order[rank::world]
         self.batches = [part.tolist() for part in np.array_split(own, min(batches, size // world))]
 

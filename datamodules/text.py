@@ -184,8 +184,9 @@ class TextSet(Dataset[dict[str, Tensor]]):
         self._ids = torch.tensor([ids.get(word, 1) for word in self.lexicon], dtype=torch.int64)
 
     def lengths(self) -> Tensor:
-        """Words of each text, its query's among them, int64 (N,)."""
-        return self.tokens.lengths() + (0 if self.query is None else self.query.lengths())
+        """Words of each text, int64 (N,); of pairs those of text and query, (N, 2): they are padded apart."""
+        text = self.tokens.lengths()
+        return text if self.query is None else torch.stack([text, self.query.lengths()], 1)
 
     def words(self, index: int) -> list[str]:
         """The words of a text, as many as its batch has tokens."""
@@ -233,8 +234,8 @@ class TextDataModule(PartsDataModule[TextSet]):
         eval_batch_size: of evaluation, per rank; twice ``batch_size`` if omitted.
         min_count: words that are rarer in the training part are unknown.
         max_words: the vocabulary has at most so many words, the most frequent ones; all if omitted.
-        labelled: of the training texts only so many keep their label, as many of each class; the others get -1, which
-            is what semi-supervised objectives take. Chosen by the seed of the run.
+        labelled: of the training texts only so many keep their label, as many of each class (so the rarest class limits
+            it); the others get -1, which is what semi-supervised objectives take. Chosen by the seed of the run.
         train_size: train on so many texts, as many of each class, the same in all runs; all if omitted.
         synonyms: which ones :meth:`synonyms` gives, see :func:`read_synonyms`.
 
@@ -381,11 +382,15 @@ class TextDataModule(PartsDataModule[TextSet]):
                 raise ValueError(f"{file}, line {number}: expected a text, a tab and its query, not '{line[:80]}'")
         return lines
 
-    def load_given(self) -> TextSet:
+    def read_given(self) -> Examples:
+        """The lines of ``predict_texts`` as :meth:`read` would give them, without labels."""
         lines = self.texts_to_predict()
         pairs = [line.partition("\t") for line in lines]
         text, query = ([p[0] for p in pairs], [p[2] for p in pairs]) if self.pairs else (lines, None)
-        return self._ready(Examples(text, [-1] * len(lines), query), "predict")
+        return Examples(text, [-1] * len(lines), query)
+
+    def load_given(self) -> TextSet:
+        return self._ready(self.read_given(), "predict")
 
 
 # ---------------------------------------------------------------------- mails

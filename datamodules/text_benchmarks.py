@@ -228,8 +228,12 @@ def parse_cloze(content: str) -> Cloze:
         raise ValueError(f"line 7: expected an answer @entity<number>, not '{answer[:80]}'")
     number = int(named.group(1))
     candidates = sorted({int(entity) for entity in _ENTITY.findall(story)} | {number})
-    story, question = (_ENTITY.sub(lambda found: spell_entity(int(found[1])), text) for text in (story, question))
-    return Cloze(story, _GAP.sub("placeholder", question), number, candidates)
+    return Cloze(spelled(story), spelled(question), number, candidates)
+
+
+def spelled(text: str) -> str:
+    """A story or question of CNN with its entities and its gap as words of letters."""
+    return _GAP.sub("placeholder", _ENTITY.sub(lambda found: spell_entity(int(found[1])), text))
 
 
 def strip_mail(text: str) -> str:
@@ -663,6 +667,17 @@ class CNN(TextBenchmark):
         super().__init__(root, max_tokens=max_tokens, **common)
         self.num_classes, self.domain_names = 596, ["cnn"]
         self.class_names = [spell_entity(number) for number in range(self.num_classes)]
+
+    def read_given(self) -> Examples:
+        """As the files of the release: entities are written @entity12, and those of a story may be answered."""
+        found = super().read_given()
+        assert found.query is not None  # of pairs
+        allowed = [sorted({int(number) for number in _ENTITY.findall(text)}) for text in found.text]
+        for place, numbers in enumerate(allowed, 1):
+            if not numbers or numbers[-1] >= self.num_classes:
+                raise ValueError(f"{self.given}, line {place}: a story needs entities, @entity0 to @entity595")
+        text, query = ([spelled(each) for each in part] for part in (found.text, found.query))
+        return found._replace(text=text, query=query, candidates=allowed)
 
     def _read(self, file: Path) -> Cloze:
         content = text_of(file)

@@ -41,6 +41,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torchmetrics.classification import BinaryAUROC
 
@@ -220,6 +221,7 @@ class AttentionClassifier(LightningModule):
         weigh = balanced and num_classes == 2 and len(counts) == 2 and min(counts) > 0
         self.class_weight = (1.0, counts[0] / counts[1]) if weigh else None
         self._draws = Draws(name="draws")
+        self._restored = False
         self.val_confusion = DomainConfusion(1, num_classes)
         self.test_confusion = DomainConfusion(len(self.domain_names), num_classes)
         self.val_auc, self.test_auc = (BinaryAUROC() if num_classes == 2 else None for _ in range(2))
@@ -238,7 +240,14 @@ class AttentionClassifier(LightningModule):
                 f"{self.technique} needs a label for each text, but only {labelled} have one: leave --data.labelled "
                 f"out, or train with --model.technique {' or '.join(VIRTUAL)}"
             )
-        if self.hparams["vectors"] and not self.trainer.ckpt_path:
+        if self.backbone.num_classes != 2 and any(
+            isinstance(c, ModelCheckpoint) and c.monitor == "val/auc"
+            for c in self.trainer.callbacks  # type: ignore[attr-defined]  # as above
+        ):
+            raise ValueError("val/auc is of two classes: choose the best by --checkpoint.monitor val/acc")
+
+    def on_fit_start(self) -> None:
+        if self.hparams["vectors"] and not self._restored:
             table = self.backbone.embed.weight
             found, known = read_vectors(Path(self.hparams["vectors"]), self.vocabulary, table.shape[1])
             with torch.no_grad():
@@ -260,7 +269,10 @@ class AttentionClassifier(LightningModule):
         return total / (label >= 0).sum().clamp_min(1)
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """L, or L + lam L_adv; no logging, no side effects: techniques call it while they craft."""
+        """L, or L + lam L_adv; no logging, no side effects: techniques call it while they craft.
+
+        It takes gradients, so not in inference mode.
+        """
         network, label, mask = self.backbone, batch["label"], batch["attention_mask"]
         embedded = network.embed(batch["tokens"])
         h, q, scores = network.states(embedded, batch)
@@ -299,7 +311,7 @@ class AttentionClassifier(LightningModule):
 
         if self.technique == "attention_rp":
             return random(self.xi)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             if self.technique in VIRTUAL:
                 s = (scores + random(START)).requires_grad_()
                 loss = divergence(read(scores).detach(), read(s)).sum()
@@ -374,19 +386,20 @@ class AttentionClassifier(LightningModule):
         return {"index": batch["index"], "probability": probability, "prediction": probability.argmax(-1)}
 
     def save_predictions(self, found: dict[str, Tensor], folder: Path, part: str) -> list[Path]:
-        """Writes ``predictions.csv``: index, class, confidence, text."""
+        """Writes ``predictions.csv``: index, class, confidence, text and, of pairs, query."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it dynamically
-        index = found["index"].tolist()
-        texts = data.texts("predict" if data.predict_texts is not None else "test", index)
+        index, given = found["index"].tolist(), "predict" if data.predict_texts is not None else "test"
+        texts = [[text] for text in data.texts(given, index)]
+        if data.pairs:
+            texts = [[*text, query] for text, query in zip(texts, data.queries(given, index), strict=True)]
         file = folder / f"predictions{part}.csv"
         with file.open("w", newline="", encoding="utf-8") as opened:
             rows = csv.writer(opened)
-            rows.writerow(["index", "class", "confidence", "text"])
+            rows.writerow(["index", "class", "confidence", "text", *(["query"] if data.pairs else [])])
             for i in sorted(range(len(index)), key=index.__getitem__):
                 answer = int(found["prediction"][i])
-                rows.writerow(
-                    [index[i], self.class_names[answer], f"{float(found['probability'][i, answer]):.4f}", texts[i]]
-                )
+                sure = f"{float(found['probability'][i, answer]):.4f}"
+                rows.writerow([index[i], self.class_names[answer], sure, *texts[i]])
         return [file]
 
     # ------------------------------------------------------------------ optimizer and checkpoint
@@ -404,6 +417,7 @@ class AttentionClassifier(LightningModule):
         return torch.optim.Adam([part(False), part(True), *techniques], lr=h["lr"], amsgrad=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._restored = True
         match_optimizer_groups(self, checkpoint)
         saved = checkpoint.get("hyper_parameters", {}).get("vocabulary")
         if saved and list(saved) != self.vocabulary:

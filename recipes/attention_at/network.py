@@ -102,6 +102,7 @@ class AttentionNetwork(nn.Module):
         hidden: int,
     ) -> None:
         super().__init__()
+        self.num_classes = num_classes
         dim, outputs = 2 * hidden, 1 if num_classes == 2 else num_classes
         self.embed = self.table(words, embedding_dim)
         self.embed_query = Lookup() if pairs else None

@@ -211,3 +211,13 @@ def test_unknown_mode() -> None:
 def test_a_module_without_parameters() -> None:
     with crafting(nn.ReLU(), "eval"):
         assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_recurrent_layer_can_be_crafted_through_in_evaluation_mode(mode: Any) -> None:
+    """cuDNN refuses the backward pass of one in evaluation mode, so it is off there, and only there."""
+    before = torch.backends.cudnn.enabled
+    for network, off in ((torch.nn.GRU(3, 2), mode == "eval"), (torch.nn.Linear(3, 2), False)):
+        with crafting(network, mode):
+            assert torch.backends.cudnn.enabled is (before and not off)
+        assert torch.backends.cudnn.enabled is before

@@ -132,7 +132,7 @@ def test_pairs_and_candidates() -> None:
     assert batch["query"].tolist() == [[5, 6], [2, 0]]
     assert batch["query_mask"].tolist() == [[True, True], [True, False]]
     assert batch["candidates"].tolist() == [[True, False, False], [True, False, True]]
-    assert data.part("test").lengths().tolist() == [4, 3]
+    assert data.part("test").lengths().tolist() == [[3, 1], [1, 2]], "text and query are padded apart"
     assert data.queries("test", [1]) == ["d e"]
     with pytest.raises(ValueError, match="Toy has no queries"):
         Toy().queries("test", [0])
@@ -665,3 +665,20 @@ def test_a_set_stands_by_itself() -> None:
     found = TextSet(Examples(["b a", "a"], [0, -1]), 1, 5)
     assert found.counts() == {"b": 1, "a": 2} and found.lengths().tolist() == [2, 1]
     assert found.plain([0, 1])["tokens"].tolist() == [[1, 1], [1, 0]], "all words are unknown until it has a vocabulary"
+
+
+def test_pairs_of_two_lengths_waste_little_on_padding() -> None:
+    """Text and query are padded apart, and their lengths have nothing to do with each other."""
+    g = torch.Generator().manual_seed(0)
+    normal = torch.randn(60_000, 2, generator=g)
+    lengths = (normal * torch.tensor([0.75, 0.45]) + torch.tensor([2.75, 2.3])).exp().clamp(1, 400).long()
+    real = padded = 0
+    seen: list[int] = []
+    for batch in TrainBatches(len(lengths), 32, seed=1, rank=0, world=1, lengths=lengths):
+        rows = lengths[[draw.position for draw in batch]]
+        seen += [draw.position for draw in batch]
+        real, padded = real + int(rows.sum()), padded + int((rows.amax(0) * len(rows)).sum())
+    assert len(set(seen)) == len(seen) == 60_000
+    assert 1 - real / padded < 0.1
+    plain = lengths.view(-1, 32, 2)
+    assert 1 - int(plain.sum()) / int((plain.amax(1) * 32).sum()) > 0.5, "unsorted it would be most of it"

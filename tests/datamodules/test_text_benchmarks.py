@@ -750,3 +750,15 @@ def test_mnli(tmp_path: Path) -> None:
 def test_malformed_pairs(row: str, reason: str, tmp_path: Path) -> None:
     file = write(tmp_path / "snli_1.0_dev.jsonl", pair("neutral", "a", "b") + row)
     assert said(ValueError, lambda: SNLI(str(tmp_path)).read("val")) == f"{file}, line 2: {reason}"
+
+
+def test_cnns_own_questions_are_read_as_its_files(tmp_path: Path) -> None:
+    data = CNN(root=str(tmp_path))
+    data.predict_texts = tmp_path / "mine.txt"
+    data.predict_texts.write_text("@entity12 met @entity3 .\twho met @ placeholder ?\n")
+    found = data.read_given()
+    assert found.text == ["entityonetwo met entitythree ."] and found.query == ["who met placeholder ?"]
+    assert found.candidates == [[3, 12]] and found.label == [-1]
+    data.predict_texts.write_text("nobody .\twho ?\n")
+    with pytest.raises(ValueError, match="line 1: a story needs entities"):
+        data.read_given()

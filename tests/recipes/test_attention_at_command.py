@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules.text import Mails
 from recipes._cli import run
@@ -153,3 +154,38 @@ def test_a_checkpoints_words_take_the_place_of_the_datas(tmp_path: Path) -> None
     )
     assert other.vocabulary == own == list(again.vocabulary) and found == wanted
     assert torch.equal(other.backbone.embed.weight, module.backbone.embed.weight)
+
+
+def test_a_run_goes_on_without_its_file_of_vectors(tmp_path: Path) -> None:
+    file = tmp_path / "words.vec"
+    file.write_text("".join(f"{word} {' '.join(['0.5'] * 8)}\n" for word in ("the", "money")))
+    assert command(tmp_path, "fit", *SMALL, "--trainer.callbacks", "null", "--model.vectors", str(file)) == 0
+    file.unlink()
+    last = str(the_run(tmp_path) / "checkpoints" / "last.ckpt")
+    assert command(tmp_path, "fit", "--ckpt_path", last, "--trainer.max_epochs", "2") == 0
+    epochs = {row["epoch"] for row in csv.DictReader((the_run(tmp_path) / "metrics.csv").open())}
+    assert "1" in epochs
+
+
+def test_auc_is_of_two_classes(tmp_path: Path) -> None:
+    watch = ModelCheckpoint(dirpath=tmp_path, monitor="val/auc")
+    with pytest.raises(ValueError, match="val/auc is of two classes"):
+        cells.trainer(watch, enable_checkpointing=True).fit(
+            cells.recipe("attention_at"), datamodule=cells.data("attention_at")
+        )
+
+
+def test_predictions_of_pairs_have_their_queries(tmp_path: Path) -> None:
+    class Pairs(Words):
+        pairs = True
+
+        def read(self, part: str) -> Any:
+            found = super().read(part)
+            return found._replace(query=[f"w1 w{i + 2}" for i in range(len(found.text))])
+
+    module, data = cells.recipe("attention_at", pairs=True), Pairs()
+    runner = cells.trainer()
+    (found,) = runner.predict(module, datamodule=data)[:1]
+    (file,) = module.save_predictions(found, tmp_path, "")
+    rows = list(csv.DictReader(file.open(encoding="utf-8")))
+    assert rows and all(row["query"] == f"w1 w{int(row['index']) + 2}" and row["text"] for row in rows)
