@@ -21,10 +21,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -48,14 +47,12 @@ from callbacks.heatmap import (
 from callbacks.layers import Behind, find_layers
 from callbacks.perturbation import crafting, device_of, fold_seed
 from callbacks.report import Report, save_figure, wanted
+from callbacks.texts import chunks, gathered
 
 log = logging.getLogger(__name__)
-#: Words in one forward pass, padding included.
-TOKENS = 16_384
 #: A share of texts without tau above which it is said in words, and seconds above which the time is.
 MANY, LONG = 0.1, 10.0
 
-T = TypeVar("T")
 #: A measure of one text, and at which size of the adversary or share of its words; None: at none.
 Key = tuple[str, "float | None"]
 
@@ -230,18 +227,6 @@ def stacked(rows: Sequence[Batch], device: torch.device) -> dict[str, Tensor]:
     return {n: (pad_sequence(v, True) if v[0].dim() else torch.stack(v)).to(device) for n, v in columns.items()}
 
 
-def chunks(lengths: Mapping[int, int], tokens: int = TOKENS) -> Iterator[list[int]]:
-    """The keys in groups of similar length, none of more than so many tokens, padding included, unless it is one."""
-    group: list[int] = []
-    for key in sorted(lengths, key=lambda k: (lengths[k], k)):
-        if group and (len(group) + 1) * lengths[key] > tokens:
-            yield group
-            group = []
-        group.append(key)
-    if group:
-        yield group
-
-
 def choose(answers: Mapping[int, tuple[int, int]], count: int) -> list[int]:
     """So many of the examples, in turn a wrong and a right one of each class, as far as there are.
 
@@ -256,15 +241,6 @@ def choose(answers: Mapping[int, tuple[int, int]], count: int) -> list[int]:
     while len(found) < count and any(groups.values()):
         found += [groups[key].pop(0) for key in sorted(groups) if groups[key]]
     return sorted(found[:count], key=lambda index: (answers[index][0], answers[index][0] == answers[index][1], index))
-
-
-def gathered(value: T) -> list[T]:
-    """What each rank has, in the order of ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 # ---------------------------------------------------------------------- the callback

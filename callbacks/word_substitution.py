@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -25,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from callbacks.perturbation import crafting, fold_seed, run_seed
 from callbacks.report import Report, new_figure, save_figure, wanted
 from callbacks.robustness import wilson
+from callbacks.texts import TOKENS, chunks, gathered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 #: Ids of padding and of an unknown word; the vocabulary's words come behind.
 PADDING, UNKNOWN = 0, 1
-#: Words in one forward pass, padding included.
-TOKENS = 16_384
 #: Log odds are rounded to this: then equal words are equal, too, in batches that add up in another order.
 STEP = 2.0**-14
 #: Shares of the curve, evenly from none to the largest.
@@ -121,14 +119,7 @@ class Texts(NamedTuple):
 
 def passes(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     """Texts by length, in batches of at most ``most`` words with their padding (or of one text): their places."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[i] > most:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+    return chunks(dict(enumerate(lengths)), most)
 
 
 def ask(classify: Classify, texts: Texts, rows: Sequence[int], places: Sequence[int], words: Sequence[int]) -> Answers:
@@ -466,10 +457,7 @@ class WordSubstitution(Callback):
         with crafting(pl_module, "eval"), torch.no_grad():
             outcomes = self._outcomes(trainer, pl_module)
         self._kept = []
-        if dist.is_available() and dist.is_initialized():
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, outcomes)
-            outcomes = [outcome for part in gathered for outcome in part]
+        outcomes = [outcome for rank in gathered(outcomes) for outcome in rank]
         # in one order, so sums are equal however the ranks share them; a sampler may have dealt out an example twice
         outcomes = [outcome for _, outcome in sorted({o.index: o for o in outcomes}.items())]
         if not outcomes:
