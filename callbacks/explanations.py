@@ -41,12 +41,11 @@ from callbacks.heatmap import (
     hooked,
     opened,
     page,
-    save_page,
     words_of,
 )
 from callbacks.layers import Behind, find_layers
 from callbacks.perturbation import crafting, device_of, fold_seed
-from callbacks.report import Report, save_figure, wanted
+from callbacks.report import Report, save_figure, save_page, wanted
 from callbacks.texts import chunks, gathered
 
 log = logging.getLogger(__name__)

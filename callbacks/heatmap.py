@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -189,18 +188,6 @@ def page(shown: Sequence[Shown], beside: str | None = None) -> str:
         f" answer hangs on it: explanations.png, in the same folder, compares the two.{other}</p>\n"
         f"<p>Attention, of that of the most attended word: {steps}</p>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
-
-
-def save_page(trainer: Trainer, name: str, text: str) -> None:
-    """``plots/<name>.html`` in the run's folder, and to W&B."""
-    file = Path(trainer.default_root_dir) / "plots" / f"{name}.html"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8", errors="replace")  # a word may hold half a surrogate pair
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            import wandb
-
-            logger.experiment.log({f"plots/{name}": wandb.Html(str(file), inject=False)})
 
 
 def draw_explanations(

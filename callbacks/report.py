@@ -134,6 +134,18 @@ def save_picture(trainer: Trainer, name: str, picture: Tensor, key: str) -> None
     _track(trainer, key, file)
 
 
+def save_page(trainer: Trainer, name: str, text: str) -> None:
+    """``plots/<name>.html`` in the run's folder, and to W&B."""
+    file = Path(trainer.default_root_dir) / "plots" / f"{name}.html"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8", errors="replace")  # a word may hold half a surrogate pair
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            logger.experiment.log({f"plots/{name}": wandb.Html(str(file), inject=False)})
+
+
 def wanted(trainer: Trainer) -> bool:
     """Whether this process draws: the first rank does, and nobody in a dry run."""
     return trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)

@@ -68,7 +68,8 @@ class Classifier(LightningModule):
             the extra ``imagenet`` is installed.
         backbone_args: further arguments of ``timm.create_model``.
         optimizer: ``sgd`` (Nesterov off, ``momentum``) or ``adamw``.
-        lr: learning rate at the start of the cosine (per epoch, to zero), reached after ``warmup_epochs``.
+        lr: learning rate after ``warmup_epochs``, where the schedule starts.
+        schedule: of the learning rate, ``cosine`` (per epoch, to zero) or ``constant``.
         momentum: of SGD.
         weight_decay: on all weights of the network; techniques' own parameters have none.
         warmup_epochs: linear warm-up.
@@ -105,6 +106,7 @@ class Classifier(LightningModule):
         label_smoothing: float = 0.0,
         channels_last: bool = False,
         compile: bool = False,
+        schedule: Literal["cosine", "constant"] = "cosine",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -115,7 +117,7 @@ class Classifier(LightningModule):
         if backbone not in timm.list_models():
             near = timm.list_models(f"*{backbone.split('.')[0]}*")[:5]
             raise ValueError(f"timm has no model '{backbone}'" + (f"; near it: {', '.join(near)}" if near else ""))
-        if "img_size" not in options and backbone.startswith(("vit", "deit", "swin", "mixer")):
+        if "img_size" not in options and backbone.startswith(("vit", "deit", "swin", "mixer", "mlp")):
             options["img_size"] = image_size
         options |= {"num_classes": num_classes, "in_chans": in_chans}
         mean, std = _usual(in_chans)
@@ -221,6 +223,8 @@ class Classifier(LightningModule):
         epochs, warmup = max(self.trainer.max_epochs or 1, 1), self.hparams["warmup_epochs"]
         if epoch < warmup:
             return (epoch + 1) / (warmup + 1)
+        if self.hparams.get("schedule") == "constant":
+            return 1.0
         return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

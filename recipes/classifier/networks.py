@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
@@ -144,6 +145,67 @@ class CNN4(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+class MLP(nn.Module):
+    """Pixels in a row, ``depth`` layers of ``width`` units with ReLU, and a linear layer.
+
+    Args:
+        num_classes: outputs; 0: features.
+        in_chans: channels of the image.
+        img_size: its height and width in pixels.
+        width: units of each hidden layer.
+        depth: hidden layers, at least 1.
+        init_scale: what all weights and biases are multiplied by at the start (torch's own initialisation is 1).
+        drop_rate: dropout before the linear layer.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        img_size: int = 32,
+        width: int = 128,
+        depth: int = 3,
+        init_scale: float = 1.0,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if depth < 1 or width < 1 or not init_scale > 0:
+            raise ValueError(f"an MLP needs depth and width of at least 1 and init_scale > 0, not {(depth, width)}")
+        self.num_classes, self.num_features, self.depth = num_classes, width, depth
+        self.feature_info: list[dict[str, Any]] = []
+        before = in_chans * img_size**2
+        for i in range(1, depth + 1):
+            self.add_module(f"layer{i}", nn.Sequential(nn.Linear(before, width), nn.ReLU()))
+            self.feature_info.append({"num_chs": width, "reduction": img_size, "module": f"layer{i}"})
+            before = width
+        self.head_drop = nn.Dropout(drop_rate)
+        self.fc: nn.Module = nn.Linear(before, num_classes) if num_classes else nn.Identity()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(init_scale)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) images to (B, width)."""
+        x = x.flatten(1)
+        for i in range(1, self.depth + 1):
+            x = self.get_submodule(f"layer{i}")(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(x)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
 def _settings(name: str, pretrained: bool, options: dict[str, Any]) -> dict[str, Any]:
     """Arguments for the network, without those that timm adds for its own."""
     if pretrained:
@@ -174,3 +236,9 @@ def wide_resnet34_10(pretrained: bool = False, **options: Any) -> PreActResNet:
 def cnn4(pretrained: bool = False, **options: Any) -> CNN4:
     """Four convolutions: the small network of benchmarks and quick runs."""
     return CNN4(**_settings("cnn4", pretrained, options))
+
+
+@register_model
+def mlp(pretrained: bool = False, **options: Any) -> MLP:
+    """Fully connected layers: the network of studies of training itself."""
+    return MLP(**_settings("mlp", pretrained, options))

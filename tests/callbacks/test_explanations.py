@@ -42,8 +42,8 @@ from callbacks.explanations import (
     remaining,
     without,
 )
-from callbacks.heatmap import COLOUR, OPACITY, Heat, Shown, page, save_page, strengths
-from callbacks.report import Report
+from callbacks.heatmap import COLOUR, OPACITY, Heat, Shown, page, strengths
+from callbacks.report import Report, save_page
 from tests.callbacks.small import trainer
 
 WORDS = ["<pad>", "<unk>", *(f"w{i}" for i in range(28))]
