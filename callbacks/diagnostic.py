@@ -26,7 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from callbacks.perturbation import crafting, device_of, fold_seed, run_seed
+from callbacks.perturbation import crafting, device_of, fold_seed, run_seed, techniques_of
 from callbacks.report import Report, save_figure, save_page, wanted
 
 if TYPE_CHECKING:
@@ -258,11 +258,17 @@ class Diagnostic(Callback):
         return order[trainer.global_rank :: trainer.world_size].tolist()
 
     def examples(self, trainer: Trainer, part: str, positions: Sequence[int], batch_size: int = 256) -> Iterator[Batch]:
-        """These examples in batches, on the trainer's device."""
+        """These examples in batches, on the trainer's device.
+
+        Of ``train`` they are as techniques that stand for other data leave them (:meth:`Perturbation.as_trained`).
+        """
         dataset, collate = dataset_of(trainer, part)
         for first in range(0, len(positions), batch_size):
-            batch = take(dataset, collate, positions[first : first + batch_size])
-            yield trainer.strategy.batch_to_device(batch)
+            batch = trainer.strategy.batch_to_device(take(dataset, collate, positions[first : first + batch_size]))
+            if part == "train" and isinstance(batch, dict):
+                for technique in techniques_of(trainer):
+                    technique.as_trained(trainer.lightning_module, batch)
+            yield batch
 
     @contextmanager
     def measuring(self, module: LightningModule) -> Iterator[None]:
@@ -310,8 +316,7 @@ class Diagnostic(Callback):
         self.history, self.steps = state_dict["history"], state_dict["steps"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if [c.name for c in diagnostics_of(trainer)].count(self.name) > 1:
-            raise ValueError(f"two diagnostics are named '{self.name}': give one of them another name=...")
+        check_names(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it dynamically
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun, self._seconds = time.perf_counter(), 0.0
@@ -349,6 +354,14 @@ class Diagnostic(Callback):
             with self.measuring(module):
                 values = self.measure(trainer, module)
             self.record(trainer, values)
+
+
+def check_names(callbacks: Sequence[Callback]) -> None:
+    """ValueError if two diagnostics would write to the same place."""
+    names = [callback.name for callback in callbacks if isinstance(callback, Diagnostic)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two diagnostics are named '{name}': give one of them another name=...")
 
 
 def diagnostics_of(trainer: Trainer) -> list[Diagnostic]:

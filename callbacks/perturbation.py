@@ -168,6 +168,13 @@ class Perturbation(Callback):
         So a technique keeps what it needs here before it changes anything.
         """
 
+    def as_trained(self, module: LightningModule, batch: Batch) -> None:
+        """Of a technique that stands for other *data* (labels, pixels of certain examples): what training sees of them.
+
+        Entries of ``batch`` are replaced, as in :meth:`perturb`, by what depends on the examples alone (their
+        ``index``). Diagnostics call it on the training examples that they look at.
+        """
+
     # ------------------------------------------------------------------ what a technique calls
 
     def own(self, module: LightningModule) -> nn.ModuleDict:

@@ -314,7 +314,7 @@ class RecipeCLI(LightningCLI):
 
     def _callbacks(self, config: dict[str, Any], run: Run, settings: dict[str, Any], dry: bool) -> list[Callback]:
         """Ours around the user's: the folder and the random streams first, the checkpoints last."""
-        from callbacks.diagnostic import Diagnostic
+        from callbacks.diagnostic import Diagnostic, check_names
         from callbacks.exact_resume import ExactResume
         from callbacks.nonfinite import StopOnNonFinite
         from callbacks.report import Report
@@ -323,6 +323,7 @@ class RecipeCLI(LightningCLI):
         chosen = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
         # Diagnostics come behind techniques, which have left no trace by then; weights are averaged last, theirs too.
         chosen.sort(key=lambda c: 2 * isinstance(c, WeightAveraging) + isinstance(c, Diagnostic))
+        check_names(chosen)
         has = {kind: any(isinstance(c, kind) for c in chosen) for kind in (ExactResume, Report, StopOnNonFinite)}
         result: list[Callback] = [SharedFolder(run), SignalsInForce(self._signals)]
         result += [] if has[ExactResume] else [ExactResume()]

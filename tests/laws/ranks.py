@@ -13,7 +13,7 @@ import torch
 
 from callbacks.perturbation import Perturbation
 from recipes._run import quiet
-from tests.laws import cells, right, wrong
+from tests.laws import cells, diagnostics, right, wrong
 from tests.laws.laws import one_process
 
 #: Beside what is found in callbacks/, on the classifier.
@@ -44,6 +44,14 @@ def main(folder: Path) -> None:
                 results[recipe, label] = one_process(recipe, make, cells.BATCH, devices=2, strategy="ddp")
             except Exception as error:  # whatever it is, it belongs to this cell alone and is reported there
                 results[recipe, label] = f"{type(error).__name__}: {error}"
+        for recipe in cells.recipes():
+            for name in diagnostics.diagnostics():
+                if (recipe, name) not in diagnostics.APART:
+                    try:
+                        found = diagnostics.two_ranks_cell(recipe, name, cells.BATCH, devices=2, strategy="ddp")
+                    except Exception as error:
+                        found = f"{type(error).__name__}: {error}"
+                    results[recipe, f"diagnostic {name}"] = found
     (folder / f"{os.environ['LOCAL_RANK']}.pkl").write_bytes(pickle.dumps(results))
 
 
