@@ -200,6 +200,8 @@ class Diagnostic(Callback):
         #: Steps that were measured.
         self.steps: list[int] = []
         self.figure: Figure | None = None
+        #: Of the last fit: seconds that measuring took, and the whole training with it.
+        self.seconds = (0.0, 0.0)
         self._planned: frozenset[int] = frozenset()
         self._seconds = 0.0
         self._begun = 0.0
@@ -334,7 +336,7 @@ class Diagnostic(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(trainer, pl_module, last=True)
         self.record(trainer, self.conclude(trainer, pl_module))
-        spent, whole = self._seconds, time.perf_counter() - self._begun
+        self.seconds = spent, whole = self._seconds, time.perf_counter() - self._begun
         if trainer.is_global_zero:
             others = sum(d._seconds for d in diagnostics_of(trainer))
             share = spent / max(whole - others, 1e-9)

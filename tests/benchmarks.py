@@ -41,6 +41,7 @@ from recipes.adversarial_training import AdversarialTrainer
 from recipes.classifier import Classifier
 from recipes.coprompt import CoPrompt
 from tests.benchmark_attention import attention_table
+from tests.benchmark_diagnostics import diagnostic_table
 from tests.benchmark_masks import mask_table
 from tests.benchmark_skips import skip_table
 
@@ -510,7 +511,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small network and few steps, to see that it works")
     parser.add_argument("--steps", type=int, default=30, help="pairs of steps for each row")
-    parts = ("all", "loop", "adversarial", "prompts", "skips", "masks", "attention")
+    parts = ("all", "loop", "adversarial", "prompts", "skips", "masks", "attention", "diagnostics")
     parser.add_argument("--part", choices=parts, default="all", help="which of the tables")
     args = parser.parse_args(argv)
     net, batch, size, n = ("resnet10t", 8, 32, 3) if args.quick else ("resnet18", 64, 64, args.steps)
@@ -554,6 +555,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{where}, torch {torch.__version__}; median (quartiles) of {n} pairs")
         with quiet():
             attention_table(size, tokens, hidden, n, shown)
+    if args.part in ("all", "diagnostics"):
+        net, batch, size, count = ("resnet10t", 8, 32, 96) if args.quick else ("resnet18", 64, 32, 320 * args.steps)
+        where = f"{net}, {count} images of {size}x{size}, batch {batch}, {torch.get_num_threads()} thread(s)"
+        print(f"\n{where}, torch {torch.__version__}")
+        with quiet():
+            diagnostic_table(lambda: classifier(net, size), lambda: Noise(count, batch, size))
     return 0
 
 

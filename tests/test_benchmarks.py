@@ -11,14 +11,15 @@ import torch
 
 from callbacks.style import adversarial_style, dsu, efdmix, mixstyle
 from tests import benchmarks
+from tests.laws.diagnostics import diagnostics
 
 
 def test_the_quick_benchmark_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmarks.main(["--quick"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    heads = ("| step", "| --", "| CoPrompt's", "| pre-training", "| text classifier")
+    heads = ("| step", "| --", "| CoPrompt's", "| pre-training", "| text classifier", "| diagnostic,")
     rows = [line for line in lines if not line.startswith(heads)]
-    assert len(rows) == 8 + len(benchmarks.ADVERSARIAL) + 1 + 2 + 7 + 7
+    assert len(rows) == 8 + len(benchmarks.ADVERSARIAL) + 1 + 2 + 7 + 7 + len(diagnostics())
     for row in rows:
         assert all(0.02 < float(value) < 200 for value in re.findall(r"\d+\.\d+", row)), row
 

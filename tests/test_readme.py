@@ -21,6 +21,8 @@ from tests.recipes.test_configs import model_of
 TEXT = (HOME / "README.md").read_text(encoding="utf-8")
 EXAMPLE = re.search(r"`(my_technique\.py)`.*?```python\n(.*?)```\n\n```bash\n(.*?)\n```", TEXT, re.S)
 
+DIAGNOSTIC = re.search(r"`(my_diagnostic\.py)`.*?```python\n(.*?)```\n\n```bash\n(.*?)\n```", TEXT, re.S)
+
 
 def commands() -> list[str]:
     """Every ``python -m recipes.<name> fit ...`` of the README that needs nothing but the settings to be tried."""
@@ -32,8 +34,9 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    assert EXAMPLE is not None
-    (tmp_path / EXAMPLE[1]).write_text(EXAMPLE[2], encoding="utf-8")
+    assert EXAMPLE is not None and DIAGNOSTIC is not None
+    for example in (EXAMPLE, DIAGNOSTIC):
+        (tmp_path / example[1]).write_text(example[2], encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
@@ -54,7 +57,18 @@ def test_the_example_runs_as_typed(folder: Path) -> None:
     words = [sys.executable, *shlex.split(EXAMPLE[3])[1:], "--trainer.fast_dev_run", "true"]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in folder.iterdir() if p.name != "__pycache__") == ["my_technique.py"]
+    left = sorted(p.name for p in folder.iterdir() if p.name != "__pycache__")
+    assert left == ["my_diagnostic.py", "my_technique.py"]
+
+
+def test_the_example_of_a_diagnostic_runs_as_typed(folder: Path) -> None:
+    assert DIAGNOSTIC is not None
+    words = [sys.executable, *shlex.split(DIAGNOSTIC[3])[1:], "--trainer.max_epochs", "1", "--wandb", "off"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (run_folder,) = (folder / "runs" / "classifier").iterdir()
+    assert (run_folder / "plots" / "weight_norms.png").is_file()
+    assert "weight_norms/backbone.fc.weight" in (run_folder / "metrics.csv").read_text()
 
 
 def test_the_example_obeys_the_laws(folder: Path, tmp_path: Path) -> None:
