@@ -53,7 +53,7 @@ def log_steps(count: int, total: int) -> list[int]:
         raise ValueError(f"take at least 3 measurements, not {count}")
     reach = math.log(max(total, 1))
     steps = {round(math.exp(reach * i / (count - 2))) for i in range(count - 1)}
-    return sorted({0, *steps, max(total, 0)})
+    return sorted({0, max(total, 0), *(step for step in steps if step <= total)})
 
 
 def total_steps(trainer: Trainer) -> int:

@@ -255,3 +255,5 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     """Names whose tensors are not equal to the last bit."""
     return sorted(a.keys() ^ b.keys()) + [name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]
+
+ON["coprompt", "LabelNoise"] = {"num_classes": 2}  # the base classes, which alone train
