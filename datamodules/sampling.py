@@ -176,3 +176,53 @@ class EvalBatches(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         for batch in self.batches:
             yield [Draw(0, i) for i in batch]
+
+
+class ReplacementSampler(TrainBatches):
+    """Batches of training that are drawn anew at each step: no example twice in a batch, whatever the steps before had.
+
+    That is stochastic gradient descent as theory has it. Beside it a shuffled epoch is quieter: its last batches have
+    what the first ones left over. An epoch is a number of steps here. A step's examples depend on (seed, epoch, how
+    many were drawn in the epoch before), so a run resumes exactly, and rank r of n gets every n-th of them.
+
+    Args:
+        size: examples in the set.
+        batch_size: per rank.
+        seed: of the draws.
+        steps: of an epoch; about as many as it takes to see ``size`` examples if omitted.
+        rank: of this process; asked of torch.distributed if omitted.
+        world: number of ranks; likewise.
+        replays: each batch comes so many times in a row.
+
+    Raises:
+        ValueError: if the set is smaller than one step of all ranks, or an epoch has no steps.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int = 0,
+        steps: int | None = None,
+        rank: int | None = None,
+        world: int | None = None,
+        replays: int = 1,
+    ) -> None:
+        super().__init__(size, batch_size, seed, rank, world, replays)
+        if steps is not None and steps < 1:
+            raise ValueError(f"an epoch needs at least one step, not {steps}")
+        #: Examples to draw from; ``size`` is now how many an epoch draws.
+        self.examples = size
+        self.size = (size // self.step if steps is None else steps) * self.step
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        first, self.consumed, self.block = self.consumed, 0, self.step
+        skipped, self.replayed = self.replayed, 0
+        epoch = self.epoch
+        for start in range(first, self.size - self.step + 1, self.step):
+            generator = np.random.default_rng((self.seed, epoch, start))
+            drawn = generator.choice(self.examples, self.step, replace=False).tolist()
+            batch = [Draw(epoch, i) for i in drawn[self.rank :: self.world]]
+            for _ in range(skipped, self.replays):
+                yield batch
+            skipped = 0
