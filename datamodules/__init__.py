@@ -23,6 +23,7 @@ from datamodules.clip_benchmarks import (
 )
 from datamodules.coco import COCOCaptions
 from datamodules.corruptions import CIFAR10C, CIFAR100C, ImageNetC
+from datamodules.depleted import Depleted
 from datamodules.digits import Digits
 from datamodules.domains import PACS, VLCS, DigitsDG, DomainNet, MiniDomainNet, OfficeHome
 from datamodules.emoji import EmojiDomains, EmojiRetrieval
@@ -33,6 +34,7 @@ from datamodules.latents import Latents
 from datamodules.medmnist import MedMNIST
 from datamodules.mnist import MNIST
 from datamodules.modalities import Modalities
+from datamodules.parity import DigitsParity
 from datamodules.radimagenet import RadImageNet
 from datamodules.retrieval import MSMT17, Market1501
 from datamodules.text import Mails, Tweets
@@ -54,8 +56,10 @@ __all__ = [
     "VLCS",
     "Caltech101",
     "CelebA",
+    "Depleted",
     "Digits",
     "DigitsDG",
+    "DigitsParity",
     "DomainNet",
     "EmojiCaptions",
     "EmojiDomains",
