@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datamodules.images import ImageDataModule, ImageSet, check_image_size
+from datamodules.images import ImageDataModule, ImageSet, check_image_size, choose
 
 
 class Digits(ImageDataModule):
@@ -20,6 +21,7 @@ class Digits(ImageDataModule):
     Args:
         image_size: 8 pixels are scaled to this many.
         flip: off: a mirrored digit is another one.
+        classes: only these digits, numbered anew from 0 in this order; all ten if omitted.
 
     Other arguments: see :class:`datamodules.images.ImageDataModule`.
     """
@@ -36,19 +38,25 @@ class Digits(ImageDataModule):
         translate: float = 0.0625,
         transform: nn.Module | None = None,
         eval_batch_size: int | None = None,
+        classes: Sequence[int] | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size)
         check_image_size(image_size)
         self.image_size = image_size
-        self.num_classes, self.class_names, self.domain_names = 10, [str(i) for i in range(10)], ["digits"]
+        digits = [str(i) for i in range(10)]
+        self.classes = list(range(10)) if classes is None else choose("digit", [str(c) for c in classes], digits)
+        self.num_classes, self.class_names = len(self.classes), [digits[c] for c in self.classes]
+        self.domain_names = ["digits"]
 
     def load(self, part: Literal["train", "val", "test"]) -> ImageSet:
         from sklearn.datasets import load_digits
 
         data = load_digits()
-        label = torch.from_numpy(data.target).long()
+        number = torch.full((10,), -1)
+        number[self.classes] = torch.arange(len(self.classes))
+        label = number[torch.from_numpy(data.target).long()]
         chosen = []
-        for positions in (np.flatnonzero(data.target == c) for c in range(10)):
+        for positions in (np.flatnonzero(data.target == c) for c in self.classes):
             order = np.random.default_rng(1797).permutation(positions)
             test, val = round(0.2 * len(order)), round(0.1 * len(order))
             chosen.append({"test": order[:test], "val": order[test : test + val], "train": order[test + val :]}[part])
