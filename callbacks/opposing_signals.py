@@ -41,7 +41,6 @@ from callbacks.diagnostic import (
     gathered,
     label_of,
     losses_of,
-    steps_per_epoch,
     total_steps,
 )
 from callbacks.perturbation import PREFIX, Batch, Perturbation, device_of, fold_seed, run_seed, techniques_of
@@ -208,8 +207,8 @@ class OpposingSignals(Diagnostic):
             raise ValueError(f"opposing signals need at least 8 training examples, not {examples}")
         self._count = min(self.probe, examples)
         pair = 2.0 + STEP * 1.5  # two passes for losses; gradients of the probe, and of four groups, each an eighth
-        if self.share is not None:
-            allowed = self.share * STEP * examples * steps / steps_per_epoch(trainer)
+        allowed = self.allowance(trainer)
+        if allowed is not None:
             fits = int(allowed / (pair * min(LOOKS, max(steps, 1))))
             self._count = min(self._count, max(fits, LEAST))
             self._period = odd_period(pair * self._count, steps, allowed)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from callbacks.diagnostic import (
     Diagnostic,
     dataset_of,
+    effective_batch,
     gathered,
     label_of,
     log_steps,
@@ -43,34 +44,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["SGDNoiseInjection", "SGDTemperature", "effective_batch", "margins_of", "noise_trace", "noise_weights"]
+__all__ = ["SGDNoiseInjection", "SGDTemperature", "margins_of", "noise_trace", "noise_weights"]
 #: Groups of examples below which the noise isn't estimated from groups but from single examples.
 GROUPS = 16
 #: Quantiles of the margins that are logged.
 QUANTILES = (0.1, 0.5, 0.9)
 
 # ---------------------------------------------------------------------- functions
-
-
-def effective_batch(trainer: Trainer) -> int:
-    """Examples of an optimizer step: the batch size of a rank, times the ranks, times the accumulated batches.
-
-    Raises:
-        ValueError: if the training loader doesn't say its batch size.
-    """
-    loader: Any = trainer.train_dataloader
-    size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
-    if loader is None and not isinstance(size, int):
-        trainer.fit_loop.setup_data()
-        loader = trainer.train_dataloader
-    if loader is not None:
-        loader = loader[0] if isinstance(loader, (list, tuple)) else loader
-        size = getattr(loader, "batch_size", None) or getattr(
-            getattr(loader, "batch_sampler", None), "batch_size", None
-        )
-    if not isinstance(size, int):
-        raise ValueError("SGD's noise needs to know the batch size: give the training DataLoader a batch_size")
-    return size * trainer.world_size * trainer.accumulate_grad_batches
 
 
 def margins_of(logits: Tensor, label: Tensor) -> Tensor:

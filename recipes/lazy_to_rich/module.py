@@ -38,9 +38,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from callbacks.diagnostic import Batch, dataset_of, take
+from callbacks.diagnostic import Batch, dataset_of, effective_batch, take
 from callbacks.perturbation import accept_other_techniques, clip_groups, match_optimizer_groups, parameter_groups
-from callbacks.sgd_noise import effective_batch
 
 #: Weights that have moved so many times their initial length are past hope.
 DIVERGED = 100.0
