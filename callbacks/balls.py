@@ -12,6 +12,7 @@ Norm = Literal["linf", "l2"]
 #: Smallest and largest value; None: any.
 Bounds = tuple[float, float] | None
 
+
 def own(x: Tensor) -> Tensor:
     """A tensor that may enter a graph, also where it comes from inference mode."""
     return x.clone() if x.is_inference() else x.detach()

@@ -68,6 +68,27 @@ def steps_per_epoch(trainer: Trainer) -> int:
     return max(1, math.ceil(batches / trainer.accumulate_grad_batches)) if math.isfinite(batches) else 10**6
 
 
+def effective_batch(trainer: Trainer) -> int:
+    """Examples of an optimizer step: the batch size of a rank, times the ranks, times the accumulated batches.
+
+    Raises:
+        ValueError: if the training loader doesn't say its batch size.
+    """
+    loader: Any = trainer.train_dataloader
+    size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    if loader is None and not isinstance(size, int):
+        trainer.fit_loop.setup_data()
+        loader = trainer.train_dataloader
+    if loader is not None:
+        loader = loader[0] if isinstance(loader, (list, tuple)) else loader
+        size = getattr(loader, "batch_size", None) or getattr(
+            getattr(loader, "batch_sampler", None), "batch_size", None
+        )
+    if not isinstance(size, int):
+        raise ValueError("diagnostics need to know the batch size: give the training DataLoader a batch_size")
+    return size * trainer.world_size * trainer.accumulate_grad_batches
+
+
 # ---------------------------------------------------------------------- of which examples
 
 
@@ -112,11 +133,15 @@ def label_of(batch: Batch) -> Tensor:
 def logits_of(module: nn.Module, batch: Batch) -> Tensor:
     """Logits (B, classes): of ``image``, of the whole batch where there is no image, or of the first of a pair.
 
+    A module whose logits depend on more than that has ``example_logits(batch)``.
+
     Raises:
         ValueError: if the module gives none.
     """
-    label = label_of(batch)
-    if isinstance(batch, Mapping):
+    label, own = label_of(batch), getattr(module, "example_logits", None)
+    if callable(own):
+        logits = own(batch)
+    elif isinstance(batch, Mapping):
         logits = module(batch["image"] if "image" in batch else batch)
     else:
         logits = module(batch[0])
@@ -231,6 +256,12 @@ class Diagnostic(Callback):
         seed = run_seed() if self.seed is None else self.seed
         return torch.Generator().manual_seed(fold_seed(seed, self.name, *keys))
 
+    def allowance(self, trainer: Trainer) -> float | None:
+        """Forward passes of examples that all measurements of the training may take together; None: any number."""
+        if self.share is None:
+            return None
+        return self.share * STEP * total_steps(trainer) * effective_batch(trainer)
+
     def affordable(self, trainer: Trainer, wanted: int, passes: float) -> int:
         """Of how many examples, at most ``wanted``, each planned measurement may make ``passes`` forward passes.
 
@@ -239,11 +270,9 @@ class Diagnostic(Callback):
             wanted: how many it would take if nothing had to be paid.
             passes: forward passes of each example at each measurement; a backward pass counts as two.
         """
-        if self.share is None:
+        allowed = self.allowance(trainer)
+        if allowed is None:
             return wanted
-        dataset, _ = dataset_of(trainer, "train")
-        epochs = total_steps(trainer) / steps_per_epoch(trainer)
-        allowed = self.share * STEP * len(dataset) * epochs
         fits = int(allowed / (passes * max(len(self._planned), 1)))
         if fits < LEAST <= wanted:
             words = "%s: %d examples at each of %d measurements cost more than the share of %g of this short training"
@@ -266,7 +295,10 @@ class Diagnostic(Callback):
         """
         dataset, collate = dataset_of(trainer, part)
         for first in range(0, len(positions), batch_size):
-            batch = trainer.strategy.batch_to_device(take(dataset, collate, positions[first : first + batch_size]))
+            batch = trainer.precision_plugin.convert_input(
+                take(dataset, collate, positions[first : first + batch_size])
+            )
+            batch = trainer.strategy.batch_to_device(batch)
             if part == "train" and isinstance(batch, dict):
                 for technique in techniques_of(trainer):
                     technique.as_trained(trainer.lightning_module, batch)

@@ -135,9 +135,7 @@ class SAM(_Ascent):
     zero: ClassVar = {"rho": 0.0}
     per_example: ClassVar = {}
 
-    def __init__(
-        self, rho: float = 0.05, ascent: Literal["synced", "per_rank"] = "synced", **schedule: Any
-    ) -> None:
+    def __init__(self, rho: float = 0.05, ascent: Literal["synced", "per_rank"] = "synced", **schedule: Any) -> None:
         super().__init__(ascent, **schedule)
         if not rho >= 0:
             raise ValueError(f"rho must not be negative, but is {rho}")

@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from recipes import _measures
 from recipes._claim_results import (
     STEPS_TO,
     Arm,
@@ -73,7 +74,9 @@ def read(name: str, folder: Path = CONFIGS) -> Claim:
         tip = f"did you mean '{near[0]}'?" if near else f"those that have one: {', '.join(known)}"
         raise ClaimError(f"'{name}' has no claim ({file} is not there); {tip}")
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        given, kind = yaml.safe_load(file.read_text(encoding="utf-8")), Claim
+        if "grid" in given:  # not two arms but how measures rank many trainings
+            given, kind = _measures.expand(given), _measures.Grid
         arms = {
             name: Arm(**{**arm, "args": [str(word) for word in arm.get("args") or []]})
             for name, arm in given["arms"].items()
@@ -84,7 +87,7 @@ def read(name: str, folder: Path = CONFIGS) -> Claim:
         curves = [str(metric) for metric in given.get("curves") or []]
         own = {"recipe": recipe, "part": part, "arms": arms, "shared": shared, "margin": margin, "also": also}
         own |= {"curves": curves}
-        claim = Claim(**{**given, **own})
+        claim = kind(**{**given, **own})
         seeds = [int(seed) for seed in claim.seeds]
     except (TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise ClaimError(f"{file} is no claim: {' '.join(str(error).split())}") from error
@@ -126,7 +129,7 @@ class Cell:
 
 
 #: What no number depends on.
-_UNRELATED = re.compile(r"claim(_.*)?\.yaml|sweep\.yaml|_claim(_results)?\.py")
+_UNRELATED = re.compile(r"claim(_.*)?\.yaml|sweep\.yaml|(_claim(_results)?|_measures)\.py")
 
 
 def source_version() -> str:
@@ -395,6 +398,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings side by side (default: cores)")
     parser.add_argument("--seeds", type=_seeds, nargs="+", metavar="1,2,..", help="other seeds than the claim's")
     parser.add_argument("--report-only", action="store_true", help="train nothing, report what is trained")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="of a grid of trainings: judge this table's runs")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/claims"), help="folder for results (default: runs/claims)"
     )
@@ -422,7 +426,13 @@ def main(argv: list[str]) -> int:
         results = []
         for claim in claims:
             claim = replace(claim, seeds=seeds or claim.seeds)
-            results.append(run_claim(claim, args.out / claim.name, args.jobs, report_only=args.report_only))
+            out, own = args.out / claim.name, {"report_only": args.report_only}
+            if isinstance(claim, _measures.Grid):
+                results.append(_measures.run_claim(claim, out, args.jobs, table=args.csv, **own))
+            elif args.csv is not None:
+                return fail(f"--csv is for claims of a grid of trainings, which '{claim.name}' isn't")
+            else:
+                results.append(run_claim(claim, out, args.jobs, **own))
         if len(results) > 1:
             print(summary(results))
     except ClaimError as error:

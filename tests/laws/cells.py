@@ -101,6 +101,11 @@ for _name in ("AdversarialInput", "FreeAdversary", "NoiseMask"):  # words are nu
 for _name in ("MixStyle", "EFDMix", "DSU", "AdvStyle"):  # a style is one of images
     APART["attention_at", _name] = "no stages found in AttentionNetwork"
 
+TECHNIQUES["PlantOpposingOutliers"] = {"k": 3}
+TECHNIQUES["DropGroups"] = {"examples": [4]}
+APART["attention_at", "PlantOpposingOutliers"] = "'image'"
+APART["clip", "DropGroups"] = "captioned data compares"
+
 _SMALL: dict[str, Any] = {
     "backbone": "resnet10t",
     "backbone_args": {"channels": (8, 8, 16, 16), "stem_width": 8, "drop_rate": 0.2},
@@ -256,4 +261,27 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     """Names whose tensors are not equal to the last bit."""
     return sorted(a.keys() ^ b.keys()) + [name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]
 
+
 ON["coprompt", "LabelNoise"] = {"num_classes": 2}  # the base classes, which alone train
+
+
+class Parity(Images):
+    """The same in two classes."""
+
+    def load(self, part: str) -> ImageSet:  # type: ignore[override]
+        images = super().load(part)
+        images.entries["label"] = images.entries["label"] % 2
+        return images
+
+
+DATA["lazy_to_rich"] = Parity
+RECIPES["lazy_to_rich"] = {"num_classes": 2, "width": 8}
+TECHNIQUES["SGDNoiseInjection"] = {"batch_size": 2}
+ON["lazy_to_rich", "LatentAdversarial"] = {"layer": "layer1"}
+APART["lazy_to_rich", "AttentionPerturbation"] = "no attention"
+for _name in ("MixStyle", "EFDMix", "DSU", "AdvStyle"):
+    APART["lazy_to_rich", _name] = "no stages found in MeanFieldMLP"
+for _name in ("adversarial_training", "attention_at", "clip", "coprompt", "scalelong"):  # no cross-entropy of their own
+    APART[_name, "SGDNoiseInjection"] = "each example's own loss"
+APART["grok", "AttentionPerturbation"] = "no attention"  # its small network is a ResNet
+APART["near_features", "AttentionPerturbation"] = "no attention"  # the same

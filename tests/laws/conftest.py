@@ -28,12 +28,11 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     command = [sys.executable, "-m", "tests.laws.ranks", str(folder)]
     root = Path(__file__).parents[2]
     running = [
-        subprocess.Popen(command, cwd=root, env={**common, "LOCAL_RANK": str(r), "RANK": str(r)})
-        for r in range(2)
+        subprocess.Popen(command, cwd=root, env={**common, "LOCAL_RANK": str(r), "RANK": str(r)}) for r in range(2)
     ]
     try:
         for process in running:
-            assert process.wait(timeout=300) == 0
+            assert process.wait(timeout=900) == 0
     finally:
         for process in running:
             process.kill()

@@ -24,6 +24,21 @@ ARGUMENTS: dict[str, dict[str, Any]] = {}
 ON: dict[tuple[str, str], dict[str, Any]] = {}
 #: (recipe, diagnostic) that don't go together, and a part of what the diagnostic then says (a ValueError).
 APART: dict[tuple[str, str], str] = {}
+for _name in ("clip", "coprompt"):  # whose logits are cosines with features of texts
+    APART[_name, "NeuralCollapse"] = "needs a linear layer that gives the logits"
+APART["lazy_to_rich", "NeuralCollapse"] = "needs a linear head"
+APART["scalelong", "NeuralCollapse"] = "needs logits"
+for _name in ("clip", "coprompt", "scalelong"):  # whose towers have GELU
+    APART[_name, "LocalComplexity"] = "isn't piecewise linear"
+APART["attention_at", "LocalComplexity"] = "an entry 'image' of floats"
+APART["scalelong", "Grokking"] = "needs logits"
+ON["attention_at", "Grokking"] = {"eps": 0.0}
+APART["scalelong", "GeneralizationMeasures"] = "needs logits"
+APART["scalelong", "SGDTemperature"] = "needs logits"
+ARGUMENTS["OpposingSignals"] = {"warmup": 0, "q": 2, "probe": 12}
+ARGUMENTS["Sharpness"] = {"iterations": 4}
+for _name in ("OpposingSignals", "Sharpness"):
+    APART["scalelong", _name] = "needs logits"
 
 
 def diagnostics() -> dict[str, type[Diagnostic]]:
