@@ -89,11 +89,11 @@ class Layer(nn.Module):
     def __init__(self, in_features: int, width: int, activation: Literal["relu", "gelu"]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(width, in_features))
-        self.activation, self.scale = activation, activation_scale(activation)
+        self.activation, self.scale = nn.ReLU() if activation == "relu" else nn.GELU(), activation_scale(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.weight) / math.sqrt(self.weight.shape[1])
-        return self.scale * (F.relu(h) if self.activation == "relu" else F.gelu(h))
+        return self.scale * self.activation(h)
 
 
 class MeanFieldMLP(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ APART["scalelong", "GeneralizationMeasures"] = "needs logits"
 APART["scalelong", "SGDTemperature"] = "needs logits"
 ARGUMENTS["OpposingSignals"] = {"warmup": 0, "q": 2, "probe": 12}
 ARGUMENTS["Sharpness"] = {"iterations": 4}
+ARGUMENTS["LocalComplexity"] = {"points": 5, "measurements": 5}
 for _name in ("OpposingSignals", "Sharpness"):
     APART["scalelong", _name] = "needs logits"
 
@@ -98,11 +99,22 @@ def quiet_trainer(*parts: Callback, exact: bool = True, **options: Any) -> Train
     return runner
 
 
-def two_ranks_cell(recipe: str, name: str, batch: int, folder: Path | None = None, **options: Any) -> Any:
-    """The history of a short double precision run, without batch norm's means and dropout."""
+def two_ranks_cell(recipe: str, names: Sequence[str], batch: int, **options: Any) -> dict[str, Any]:
+    """Histories of a short double precision run, without batch norm's means and dropout."""
     torch.manual_seed(0)
-    diagnostic = make(name, recipe)
-    runner = cells.trainer(diagnostic, max_epochs=2, precision="64-true", **options)
+    looks = [make(name, recipe) for name in names]
+    runner = cells.trainer(*looks, max_epochs=2, precision="64-true", **options)
     module = cells.recipe(recipe, norm=False, drop=False)
     runner.fit(module, datamodule=cells.data(recipe, batch_size=batch))
-    return diagnostic.history
+    return {key: points for look in looks for key, points in look.history.items()}
+
+
+def looks_on() -> list[tuple[str, tuple[str, ...]]]:
+    """What is tried: each diagnostic by itself on the classifier, all that take it together on every other recipe."""
+    names = [name for name in sorted(diagnostics()) if ("classifier", name) not in APART]
+    found: list[tuple[str, tuple[str, ...]]] = [("classifier", (name,)) for name in names]
+    for recipe in sorted(cells.recipes()):
+        together = tuple(name for name in sorted(diagnostics()) if (recipe, name) not in APART)
+        if recipe != "classifier" and together:
+            found.append((recipe, together))
+    return found

@@ -44,14 +44,12 @@ def main(folder: Path) -> None:
                 results[recipe, label] = one_process(recipe, make, cells.BATCH, devices=2, strategy="ddp")
             except Exception as error:  # whatever it is, it belongs to this cell alone and is reported there
                 results[recipe, label] = f"{type(error).__name__}: {error}"
-        for recipe in cells.recipes():
-            for name in diagnostics.diagnostics():
-                if (recipe, name) not in diagnostics.APART:
-                    try:
-                        found = diagnostics.two_ranks_cell(recipe, name, cells.BATCH, devices=2, strategy="ddp")
-                    except Exception as error:
-                        found = f"{type(error).__name__}: {error}"
-                    results[recipe, f"diagnostic {name}"] = found
+        for recipe, names in diagnostics.looks_on():
+            try:
+                found: Any = diagnostics.two_ranks_cell(recipe, names, cells.BATCH, devices=2, strategy="ddp")
+            except Exception as error:
+                found = f"{type(error).__name__}: {error}"
+            results[recipe, f"diagnostics {' '.join(names)}"] = found
     (folder / f"{os.environ['LOCAL_RANK']}.pkl").write_bytes(pickle.dumps(results))
 
 

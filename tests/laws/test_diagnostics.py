@@ -19,9 +19,10 @@ from tests.laws import cells, diagnostics
 from tests.laws.laws import _flags, _plainly
 
 NAMES = sorted(diagnostics.diagnostics())
-RECIPES = sorted(cells.recipes())
-PAIRS = [(r, d) for r in RECIPES for d in NAMES if (r, d) not in diagnostics.APART]
-every = pytest.mark.parametrize(("recipe", "name"), PAIRS)
+LOOKS = diagnostics.looks_on()
+every = pytest.mark.parametrize(
+    ("recipe", "names"), LOOKS, ids=[f"{r}-{n[0]}" if len(n) == 1 else f"{r}-all" for r, n in LOOKS]
+)
 
 
 class Watch(Callback):
@@ -89,12 +90,12 @@ def plain(recipe: str) -> Watch:
     return _plain[recipe]
 
 
-def no_trace(recipe: str, diagnostic: Diagnostic) -> None:
+def no_trace(recipe: str, *looks: Diagnostic) -> None:
     watch, before = Watch(), plain(recipe)
     module = cells.recipe(recipe)
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
-    diagnostics.quiet_trainer(diagnostic, watch, exact=False).fit(module, datamodule=cells.data(recipe))
-    assert diagnostic.steps, "nothing was measured"
+    diagnostics.quiet_trainer(*looks, watch, exact=False).fit(module, datamodule=cells.data(recipe))
+    assert all(look.steps for look in looks), "nothing was measured"
     compare(before, watch)
 
 
@@ -106,11 +107,12 @@ def test_diagnostics_are_found() -> None:
 
 
 @every
-def test_1_no_trace(recipe: str, name: str) -> None:
-    diagnostic = diagnostics.make(name, recipe)
-    no_trace(recipe, diagnostic)
-    assert diagnostic.history, "nothing was found"
-    assert all(k.startswith(f"{diagnostic.name}/") for k in diagnostic.history)
+def test_1_no_trace(recipe: str, names: tuple[str, ...]) -> None:
+    looks = [diagnostics.make(name, recipe) for name in names]
+    no_trace(recipe, *looks)
+    for look in looks:
+        assert look.history, f"{look.name} found nothing"
+        assert all(key.startswith(f"{look.name}/") for key in look.history)
 
 
 def test_what_is_apart_says_so() -> None:
@@ -207,7 +209,7 @@ def test_1_holds_among_techniques() -> None:
         watches.append(Watch())
         module = cells.recipe("classifier")
         own = [cells.technique(cells.techniques()[t]) for t in stack]
-        more = [diagnostics.make(name) for r, name in PAIRS if r == "classifier"] if with_them else []
+        more = [diagnostics.make(name) for name in NAMES] if with_them else []
         torch.manual_seed(5), random.seed(5), np.random.seed(5)
         runner = diagnostics.quiet_trainer(*own, *more, watches[-1], exact=False)
         runner.fit(module, datamodule=cells.data("classifier"))
@@ -235,18 +237,18 @@ def test_1_on_a_users_own_module(name: str) -> None:
 
 @every
 @pytest.mark.parametrize("stop", [3, 5], ids=["at an epoch's end", "in mid-epoch"])
-def test_5_resume_is_exact(recipe: str, name: str, stop: int, tmp_path: Path) -> None:
-    def fit(steps: int, resume: Path | None = None) -> tuple[Diagnostic, LightningModule]:
-        diagnostic, module = diagnostics.make(name, recipe), cells.recipe(recipe)
+def test_5_resume_is_exact(recipe: str, names: tuple[str, ...], stop: int, tmp_path: Path) -> None:
+    def fit(steps: int, resume: Path | None = None) -> tuple[list[Diagnostic], LightningModule]:
+        looks, module = [diagnostics.make(name, recipe) for name in names], cells.recipe(recipe)
         save = ModelCheckpoint(tmp_path, every_n_train_steps=stop, save_top_k=-1, filename="{step}")
-        runner = cells.trainer(diagnostic, save, max_epochs=2, enable_checkpointing=True)
+        runner = cells.trainer(*looks, save, max_epochs=2, enable_checkpointing=True)
         if steps:
             runner.callbacks.insert(0, _StopAt(steps))  # type: ignore[attr-defined]
         try:
             runner.fit(module, datamodule=cells.data(recipe), ckpt_path=resume, weights_only=False)
         except KeyError:
             pass
-        return diagnostic, module
+        return looks, module
 
     whole, whole_module = fit(0)
     for file in tmp_path.glob("*.ckpt"):
@@ -255,8 +257,9 @@ def test_5_resume_is_exact(recipe: str, name: str, stop: int, tmp_path: Path) ->
     (file,) = tmp_path.glob("*.ckpt")
     resumed, module = fit(0, file)
     assert not cells.differing(cells.weights(whole_module), cells.weights(module))
-    assert resumed.steps == whole.steps
-    assert repr(_plainly(resumed.history)) == repr(_plainly(whole.history))
+    for one, other in zip(whole, resumed, strict=True):
+        assert other.steps == one.steps
+        assert repr(_plainly(other.history)) == repr(_plainly(one.history))
 
 
 class _StopAt(Callback):
@@ -271,9 +274,9 @@ class _StopAt(Callback):
 
 
 @every
-def test_4_two_ranks_find_what_one_process_finds(recipe: str, name: str, two_ranks: Any) -> None:
-    one = diagnostics.two_ranks_cell(recipe, name, 2 * cells.BATCH)
-    for history in two_ranks(recipe, f"diagnostic {name}"):
+def test_4_two_ranks_find_what_one_process_finds(recipe: str, names: tuple[str, ...], two_ranks: Any) -> None:
+    one = diagnostics.two_ranks_cell(recipe, names, 2 * cells.BATCH)
+    for history in two_ranks(recipe, f"diagnostics {' '.join(names)}"):
         assert not isinstance(history, str), history
         assert history.keys() == one.keys()
         for key, points in one.items():
@@ -284,11 +287,12 @@ def test_4_two_ranks_find_what_one_process_finds(recipe: str, name: str, two_ran
 
 
 @every
-def test_7_mixed_precision_and_accumulation(recipe: str, name: str) -> None:
-    diagnostic = diagnostics.make(name, recipe)
-    runner = cells.trainer(diagnostic, max_epochs=2, precision="bf16-mixed", accumulate_grad_batches=2)
+def test_7_mixed_precision_and_accumulation(recipe: str, names: tuple[str, ...]) -> None:
+    looks = [diagnostics.make(name, recipe) for name in names]
+    runner = cells.trainer(*looks, max_epochs=2, precision="bf16-mixed", accumulate_grad_batches=2)
     runner.fit(cells.recipe(recipe), datamodule=cells.data(recipe, size=4 * cells.BATCH))
-    assert diagnostic.steps[-1] == 4 and len(set(diagnostic.steps)) == len(diagnostic.steps)
+    for look in looks:
+        assert look.steps[-1] == 4 and len(set(look.steps)) == len(look.steps)
 
 
 # ---------------------------------------------------------------------- of the base
