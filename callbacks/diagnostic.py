@@ -13,16 +13,19 @@ import html
 import io
 import logging
 import math
+import random
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -37,6 +40,8 @@ log = logging.getLogger(__name__)
 Batch = Any
 #: A training step costs about as much as so many forward passes of its examples.
 STEP = 3
+#: Numbers in examples that pass through a network together whatever the training batch is: 256 of CIFAR's images.
+SMALL = 2**20
 #: Fewer examples than this say too little, whatever ``share`` allows.
 LEAST = 16
 
@@ -102,7 +107,12 @@ def dataset_of(trainer: Trainer, part: str) -> tuple[Any, Any]:
     if callable(getattr(data, "part", None)):  # one of ours
         return data.part(part), None
     if part == "val" and trainer.val_dataloaders is None:
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        try:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        except MisconfigurationException:  # there is none
+            pass
+    if part == "train" and trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
     loader = trainer.train_dataloader if part == "train" else trainer.val_dataloaders
     loader = loader[0] if isinstance(loader, (list, tuple)) else loader
     dataset = getattr(loader, "dataset", None)
@@ -112,10 +122,40 @@ def dataset_of(trainer: Trainer, part: str) -> tuple[Any, Any]:
 
 
 def take(dataset: Any, collate: Any, positions: Sequence[int]) -> Batch:
-    """The batch of these examples; of our own datasets as they are, without augmentation."""
+    """The batch of these examples; of our own datasets as they are, without augmentation.
+
+    What another dataset draws at random is drawn alike each time, by the example's position.
+    """
     if callable(getattr(dataset, "plain", None)):
         return dataset.plain(positions)
-    return (collate or torch.utils.data.default_collate)([dataset[i] for i in positions])
+    found = []
+    with isolate_rng():
+        for position in positions:
+            seed = fold_seed("example", position)
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            found.append(dataset[position])
+        return (collate or torch.utils.data.default_collate)(found)
+
+
+def fetch(trainer: Trainer, part: str, positions: Sequence[int]) -> Batch:
+    """The batch of these examples on the trainer's device.
+
+    Of ``train`` they are as techniques that stand for other data leave them (:meth:`Perturbation.as_trained`).
+    """
+    batch = trainer.precision_plugin.convert_input(take(*dataset_of(trainer, part), positions))
+    batch = trainer.strategy.batch_to_device(batch)
+    if part == "train" and isinstance(batch, dict):
+        for technique in techniques_of(trainer):
+            technique.as_trained(trainer.lightning_module, batch)
+    return batch
+
+
+def elements_of(batch: Batch) -> int:
+    """Numbers in the largest tensor of a batch."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
+    return max((value.numel() for value in values if isinstance(value, Tensor)), default=1)
 
 
 def label_of(batch: Batch) -> Tensor:
@@ -124,9 +164,14 @@ def label_of(batch: Batch) -> Tensor:
     Raises:
         ValueError: if it has none.
     """
-    label = batch.get("label") if isinstance(batch, Mapping) else batch[1] if isinstance(batch, Sequence) else None
-    if not isinstance(label, Tensor) or label.dim() != 1:
-        raise ValueError("this diagnostic needs batches with labels (B,): an entry 'label', or pairs (input, label)")
+    if isinstance(batch, Mapping):
+        label = batch.get("label")
+    else:
+        label = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
+    if not isinstance(label, Tensor) or label.dim() != 1 or label.is_floating_point():
+        raise ValueError(
+            "this diagnostic needs batches with whole numbers as labels (B,): an entry 'label', or pairs (input, label)"
+        )
     return label
 
 
@@ -151,11 +196,22 @@ def logits_of(module: nn.Module, batch: Batch) -> Tensor:
 
 
 def losses_of(module: nn.Module, batch: Batch) -> Tensor:
-    """The loss of each example (B,): the module's ``example_losses(batch)``, else the cross-entropy of its logits."""
+    """The loss of each example (B,): the module's ``example_losses(batch)``, else the cross-entropy of its logits.
+
+    Of a single logit (B, 1), that of label 1 against 0.
+
+    Raises:
+        ValueError: if the module gives no logits, or an example has no label (-1).
+    """
     own = getattr(module, "example_losses", None)
     if callable(own):
         return own(batch)
-    return F.cross_entropy(logits_of(module, batch).float(), label_of(batch), reduction="none")
+    logits, label = logits_of(module, batch).float(), label_of(batch)
+    if bool((label < 0).any()):
+        raise ValueError("this diagnostic needs the loss of each example, and some of these have no label")
+    if logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits[:, 0], label.float(), reduction="none")
+    return F.cross_entropy(logits, label, reduction="none")
 
 
 # ---------------------------------------------------------------------- over ranks
@@ -174,7 +230,7 @@ def summed(values: Tensor, where: torch.device) -> Tensor:
 def gathered(values: Tensor, where: torch.device) -> Tensor:
     """Rows (n, ...) of all ranks, on the CPU, as one process has them: rank r's row i is row ``i * ranks + r``.
 
-    Ranks may have one row more or less than others (see :meth:`Diagnostic.examples`).
+    Ranks may have different numbers of rows.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return values.detach().cpu()
@@ -182,12 +238,12 @@ def gathered(values: Tensor, where: torch.device) -> Tensor:
     counts = torch.zeros(world, dtype=torch.long, device=where)
     counts[rank] = len(values)
     dist.all_reduce(counts)
-    most, total = int(counts.max()), int(counts.sum())
-    padded = torch.zeros(most, *values.shape[1:], dtype=values.dtype, device=where)
+    padded = torch.zeros(int(counts.max()), *values.shape[1:], dtype=values.dtype, device=where)
     padded[: len(values)] = values.detach().to(where)
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded)
-    return torch.stack(parts, 1).flatten(0, 1)[:total].cpu()
+    there = torch.arange(len(padded), device=where)[:, None] < counts
+    return torch.stack(parts, 1)[there].cpu()
 
 
 # ---------------------------------------------------------------------- the callback
@@ -230,6 +286,7 @@ class Diagnostic(Callback):
         self._planned: frozenset[int] = frozenset()
         self._seconds = 0.0
         self._begun = 0.0
+        self._elements = 0
 
     # ------------------------------------------------------------------ what a diagnostic overrides
 
@@ -284,32 +341,44 @@ class Diagnostic(Callback):
 
         Rank r of n takes every n-th from the r-th on.
         """
-        size = len(dataset_of(trainer, part)[0])
-        order = torch.randperm(size, generator=self.generator("examples", part))[:count]
+        order = self.drawn(trainer, part)[:count]
         return order[trainer.global_rank :: trainer.world_size].tolist()
 
-    def examples(self, trainer: Trainer, part: str, positions: Sequence[int], batch_size: int = 256) -> Iterator[Batch]:
-        """These examples in batches, on the trainer's device.
+    def drawn(self, trainer: Trainer, part: str) -> Tensor:
+        """All positions in ``train`` or ``val`` in the order in which examples are chosen, alike on all ranks.
 
-        Of ``train`` they are as techniques that stand for other data leave them (:meth:`Perturbation.as_trained`).
+        Of our own data without those that have no label (-1), where others have one.
         """
-        dataset, collate = dataset_of(trainer, part)
-        for first in range(0, len(positions), batch_size):
-            batch = trainer.precision_plugin.convert_input(
-                take(dataset, collate, positions[first : first + batch_size])
-            )
-            batch = trainer.strategy.batch_to_device(batch)
-            if part == "train" and isinstance(batch, dict):
-                for technique in techniques_of(trainer):
-                    technique.as_trained(trainer.lightning_module, batch)
-            yield batch
+        dataset, _ = dataset_of(trainer, part)
+        order = torch.randperm(len(dataset), generator=self.generator("examples", part))
+        label = getattr(dataset, "entries", {}).get("label")
+        known = label[order] >= 0 if isinstance(label, Tensor) and label.dim() == 1 else None
+        return order if known is None or not bool(known.any()) else order[known]
+
+    def chunk(self, trainer: Trainer, part: str) -> int:
+        """Examples that pass through the network at a time: a rank's training batch, or, of small ones, up to 256."""
+        if not self._elements:
+            self._elements = elements_of(take(*dataset_of(trainer, part), [0]))
+        try:
+            batch = effective_batch(trainer) // (trainer.world_size * trainer.accumulate_grad_batches)
+        except ValueError:  # the loader doesn't say
+            batch = 1
+        return min(256, max(batch, SMALL // self._elements))
+
+    def examples(
+        self, trainer: Trainer, part: str, positions: Sequence[int], size: int | None = None
+    ) -> Iterator[Batch]:
+        """These examples as :func:`fetch` gives them, in batches of ``size``; see :meth:`chunk` where it is omitted."""
+        size = self.chunk(trainer, part) if size is None else size
+        for first in range(0, len(positions), size):
+            yield fetch(trainer, part, positions[first : first + size])
 
     @contextmanager
     def measuring(self, module: LightningModule) -> Iterator[None]:
         """Where it is measured: in evaluation mode, gradients on (but not by weights, unless ``by_weights``).
 
-        Afterwards train flags, gradient flags, buffers, ``.grad`` and the random streams of torch, NumPy and Python
-        are as before. The time that it takes is counted.
+        Afterwards train flags, gradient flags, ``.grad`` and the random streams of torch, NumPy and Python are as
+        before; so are buffers, unless a network moves them in evaluation mode, too. The time that it takes is counted.
         """
         device = device_of(module)
         if device.type == "cuda":

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 Part = Literal["train", "val", "random"]
 PARTS: tuple[Part, ...] = ("train", "val", "random")
+#: Numbers in corners that pass through the network together, at most (those of one point always do).
+ELEMENTS = 2**24
 #: Directions where none are asked for: the released code's 40 corners.
 DIRECTIONS = 20
 #: Activations that are linear on both sides of zero.
@@ -327,8 +329,9 @@ class LocalComplexity(Diagnostic):
             for x in self._points(trainer, part):
                 if not len(x):
                     continue
+                rows = max(min(self.rows, ELEMENTS // x[0].numel()), 1)
                 with torch.autocast(device.type, enabled=False):  # signs near zero are what this is about
-                    found = crossed_units(module, self._found, x.to(device, dtype), directions, self.r, self.rows)
+                    found = crossed_units(module, self._found, x.to(device, dtype), directions, self.r, rows)
                 for row, (counts, units) in zip(sums, found.values(), strict=True):
                     row += torch.tensor([float(counts.sum()), units * len(x), len(x)], dtype=torch.float64)
             sums = summed(sums, device)

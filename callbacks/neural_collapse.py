@@ -170,14 +170,17 @@ def nc4(features: Tensor, weight: Tensor, bias: Tensor | None, moments: Moments)
 
 def pooled(output: Any, name: str, batch: int) -> Tensor:
     """Features (B, d) of what a layer gives: (B, d) as it is, of (B, C, H, W) the mean over positions, of (B, N, C)
-    the mean over tokens. Means are taken in float64.
+    the mean over tokens. Means are taken in float64. Maps (B, H, W, C) are known by their square.
 
     Raises:
         ValueError: for anything else.
     """
     if not isinstance(output, Tensor) or output.dim() not in (2, 3, 4) or len(output) != batch:
         raise ValueError(f"layer '{name}' gives no features (B, d), (B, C, H, W) or (B, N, C): name other layers")
-    return output if output.dim() == 2 else output.mean(1 if output.dim() == 3 else (2, 3), dtype=torch.double)
+    if output.dim() == 2:
+        return output
+    last = output.dim() == 4 and output.shape[1] == output.shape[2] != output.shape[3]  # channels, as in Swin
+    return output.mean(1 if output.dim() == 3 else (1, 2) if last else (2, 3), dtype=torch.double)
 
 
 def find(module: nn.Module, name: str) -> nn.Module:

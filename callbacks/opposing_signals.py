@@ -38,6 +38,7 @@ from callbacks.diagnostic import (
     Diagnostic,
     dataset_of,
     diagnostics_of,
+    fetch,
     gathered,
     label_of,
     losses_of,
@@ -53,6 +54,8 @@ log = logging.getLogger(__name__)
 
 #: So many pairs of steps are looked at, or all, before ``share`` makes the probe larger.
 LOOKS = 20
+#: What is counted: pairs of steps, and how often the mean loss rose in them; see the class.
+COUNTS = ("pairs", "rises", "rises_late", "rises_after", "rises_others")
 #: Images of each group in the picture.
 SHOWN = 12
 
@@ -137,9 +140,10 @@ class OpposingSignals(Diagnostic):
 
     At every look: ``loss``, and from the first rise on ``up`` and ``down``, the mean losses of the first groups; these
     are kept. At the end: ``rises``, how many of the pairs rose, ``rises_late`` after ``warmup``, ``rises_after`` the
-    groups were found; and ``largest_...``, the numbers above at the pair after ``warmup`` whose mean loss changed most
-    in proportion, up or down: defined also for a training that never rises. The groups are written to
-    ``opposing_signals.json`` in the run's folder, which :class:`DropGroups` reads, and their images are shown.
+    groups were found, and ``rises_others`` of these, of the mean over all examples but the groups; and
+    ``largest_...``, the numbers above at the pair after ``warmup`` whose mean loss changed most in proportion, up or
+    down: defined also for a training that never rises. The groups are written to ``opposing_signals.json`` in the run's
+    folder, which :class:`DropGroups` reads, and their images are shown.
 
     Examples that :class:`DropGroups` keeps from training count in none of these but ``up`` and ``down``.
 
@@ -176,13 +180,15 @@ class OpposingSignals(Diagnostic):
         self.probe, self.q, self.warmup, self.which = probe, q, warmup, which
         #: ``up`` and ``down``: dataset indices of the first groups; none before the first rise.
         self.groups: dict[str, list[int]] = {}
+        #: Their positions in the dataset, which the indices needn't be.
+        self.places: dict[str, list[int]] = {}
         #: The step at which they were found, and the losses' change of each.
         self.found: int | None = None
         self.changes: dict[str, list[float]] = {}
         #: The numbers at the largest change so far.
         self.largest: dict[str, float] = {}
         #: Pairs that were looked at, those whose loss rose, those after warm-up, those after the groups were found.
-        self.counts: dict[str, int] = dict.fromkeys(("pairs", "rises", "rises_late", "rises_after"), 0)
+        self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self._before: tuple[int, list[float]] | None = None
         self._count, self._size, self._period = 0, 0, 1
         self._mine: list[int] = []
@@ -190,12 +196,19 @@ class OpposingSignals(Diagnostic):
         self._pictures: dict[int, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"groups": self.groups, "found": self.found, "changes": self.changes, "largest": self.largest}
+        own = {
+            "groups": self.groups,
+            "places": self.places,
+            "found": self.found,
+            "changes": self.changes,
+            "largest": self.largest,
+        }
         return {**super().state_dict(), **own, "counts": self.counts, "before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.groups, self.found, self.changes = (state_dict[k] for k in ("groups", "found", "changes"))
+        self.groups, self.places = state_dict["groups"], state_dict["places"]
+        self.found, self.changes = state_dict["found"], state_dict["changes"]
         self.largest, self.counts, self._before = (state_dict[k] for k in ("largest", "counts", "before"))
 
     # ------------------------------------------------------------------ when, and of which examples
@@ -230,7 +243,7 @@ class OpposingSignals(Diagnostic):
 
     def measure(self, trainer: Trainer, module: LightningModule) -> Mapping[str, float]:
         where = device_of(module)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, ...]] = []
         first = 0
         with torch.no_grad():
             for batch in self.examples(trainer, "train", self._mine):
@@ -241,12 +254,12 @@ class OpposingSignals(Diagnostic):
                 first += len(label)
                 own = batch.get("index") if isinstance(batch, Mapping) else None
                 index = own if isinstance(own, Tensor) else place
-                parts.append((losses.double().cpu(), label.cpu(), index.cpu()))
+                parts.append((losses.double().cpu(), label.cpu(), index.cpu(), place))
         if parts:
             mine = [torch.cat(rows) for rows in zip(*parts, strict=True)]
         else:  # a rank without examples
-            mine = [torch.zeros(0, dtype=kind) for kind in (torch.float64, torch.long, torch.long)]
-        losses, label, index = (gathered(rows, where) for rows in mine)
+            mine = [torch.zeros(0, dtype=kind) for kind in (torch.float64, *[torch.long] * 3)]
+        losses, label, index, place = (gathered(rows, where) for rows in mine)
         kept = torch.ones(len(losses), dtype=torch.bool)
         for technique in techniques_of(trainer):
             if isinstance(technique, DropGroups):
@@ -256,7 +269,7 @@ class OpposingSignals(Diagnostic):
         values = {"loss": float(losses[kept].mean())}
         step, before, self._before = trainer.global_step, self._before, (trainer.global_step, losses.tolist())
         if before is not None and before[0] == step - 1 and len(before[1]) == len(losses):
-            values |= self._pair(trainer, module, torch.tensor(before[1]).double(), losses, label, index, kept)
+            values |= self._pair(trainer, module, torch.tensor(before[1]).double(), losses, label, index, kept, place)
         for name, members in self.groups.items():
             values[name] = float(losses[torch.isin(index, torch.tensor(members))].mean())
         return values
@@ -270,6 +283,7 @@ class OpposingSignals(Diagnostic):
         label: Tensor,
         index: Tensor,
         kept: Tensor,
+        place: Tensor,
     ) -> dict[str, float]:
         """What a pair of neighbouring steps shows: losses before and after, all (N,), in the probe's order."""
         step = trainer.global_step
@@ -279,6 +293,10 @@ class OpposingSignals(Diagnostic):
         self.counts["rises"] += rose
         self.counts["rises_late"] += rose and late
         self.counts["rises_after"] += rose and self.found is not None
+        if self.found is not None:  # of the same examples, whether or not the groups are trained on
+            members = [i for group in self.groups.values() for i in group]
+            others = kept & ~torch.isin(index, torch.tensor(members))
+            self.counts["rises_others"] += bool(losses[others].mean() > before[others].mean())
         relative = abs(new - old) / max(old, 1e-300)
         record = late and math.isfinite(relative) and relative > self.largest.get("change", -1.0)
         if not (late and math.isfinite(new) and (rose or record)):
@@ -308,7 +326,7 @@ class OpposingSignals(Diagnostic):
         if self.found is None:
             self.found = step
             for name, group in (("up", up), ("down", down)):
-                self.groups[name] = index[group].tolist()
+                self.groups[name], self.places[name] = index[group].tolist(), place[group].tolist()
                 self.changes[name] = (losses - before)[group].tolist()
         return values
 
@@ -347,7 +365,7 @@ class OpposingSignals(Diagnostic):
         """A row for each example of the first groups, with its image."""
         names, self._rows, self._pictures = list(getattr(module, "class_names", [])), [], {}
         for group, members in self.groups.items():
-            (batch,) = self.examples(trainer, "train", members, len(members))
+            batch = fetch(trainer, "train", self.places[group])
             label, image = label_of(batch).tolist(), batch.get("image") if isinstance(batch, Mapping) else batch[0]
             for i, (index, change) in enumerate(zip(members, self.changes[group], strict=True)):
                 shown = names[label[i]] if 0 <= label[i] < len(names) else str(label[i])
@@ -454,7 +472,8 @@ class PlantOpposingOutliers(Perturbation):
         k: examples of each class.
         magnitude: length of what is added, in pixel values; 0 adds nothing.
         classes: the two classes; the first two of the data if omitted.
-        schedule: see :class:`callbacks.perturbation.Perturbation`; its ``seed`` is that of choice and direction.
+        seed: of choice and direction; the run's if omitted.
+        name: its place in checkpoints.
 
     Raises:
         ValueError: for a setting out of range, for data without images, labels or ``index``, or for a class with fewer
@@ -466,9 +485,14 @@ class PlantOpposingOutliers(Perturbation):
     per_example: ClassVar = {}
 
     def __init__(
-        self, k: int = 12, magnitude: float = 8.0, classes: Sequence[int] | None = None, **schedule: Any
+        self,
+        k: int = 12,
+        magnitude: float = 8.0,
+        classes: Sequence[int] | None = None,
+        seed: int | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(**schedule)
+        super().__init__(seed=seed, name=name)
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         if not 0 <= magnitude < math.inf:

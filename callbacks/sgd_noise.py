@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from callbacks.diagnostic import (
     Diagnostic,
-    dataset_of,
     effective_batch,
+    fetch,
     gathered,
     label_of,
     log_steps,
@@ -66,13 +66,15 @@ def margins_of(logits: Tensor, label: Tensor) -> Tensor:
     return own[:, 0] - others.amax(1)
 
 
-def noise_trace(sum_of_squares: float, square_of_sum: float, groups: int, size: int) -> tuple[float, float]:
+def noise_trace(
+    sum_of_squares: float, square_of_sum: float, groups: int, size: int, population: float = math.inf
+) -> tuple[float, float]:
     """The trace of the covariance of single examples' gradients, and the squared length of their mean.
 
     Both are unbiased. With the mean gradients G_1..G_k of k groups of m examples, drawn at random::
 
         trace  = m / (k - 1) * (sum_j |G_j|^2 - |sum_j G_j|^2 / k)
-        square = |sum_j G_j / k|^2 - trace / (k m)
+        square = |sum_j G_j / k|^2 - trace * (1 / (k m) - 1 / N)
 
     The second one may be negative where noise hides the gradient.
 
@@ -81,9 +83,11 @@ def noise_trace(sum_of_squares: float, square_of_sum: float, groups: int, size: 
         square_of_sum: |sum of G_j|^2.
         groups: k, at least 2.
         size: m.
+        population: N, how many examples they were drawn from without replacement; the trace is then that over N - 1,
+            and the mean that of all N.
     """
     trace = size / (groups - 1) * (sum_of_squares - square_of_sum / groups)
-    return trace, square_of_sum / groups**2 - trace / (groups * size)
+    return trace, square_of_sum / groups**2 - trace * (1 / (groups * size) - 1 / population)
 
 
 def noise_weights(normal: Tensor, batch: int, emulated: int, accumulated: int = 1) -> Tensor:
@@ -191,6 +195,8 @@ class SGDNoiseInjection(Perturbation):
         """Once a fit: whether it is these losses whose mean is trained on."""
         if self._checked:
             return
+        if not callable(getattr(module, "loss", None)):
+            raise ValueError(self._refusal(module))
         loss: Callable[[Batch], Tensor] = module.loss  # type: ignore[assignment]  # nn.Module's attributes are untyped
         with crafting(module, "train"), torch.no_grad():
             trained = float(loss(batch))
@@ -239,10 +245,10 @@ class SGDTemperature(Diagnostic):
 
     * ``temperature``: T = lr / (h B), B being the examples of an optimizer step over all ranks and accumulated batches.
       Momentum isn't counted.
-    * ``noise``: trace of the covariance of a step's gradient, tr C / B, where C is the covariance of single examples'
-      gradients (:func:`noise_trace`); ``gradient_sq``: the squared length of the mean gradient. Of the module's
-      ``example_losses(batch)``, or else the cross-entropy of its logits, whatever else it is trained on; in evaluation
-      mode, without what techniques perturb.
+    * ``noise``: trace of the covariance of a step's gradient, tr C (1/B - 1/N), where C is the covariance of the
+      gradients of the N examples (:func:`noise_trace`); ``gradient_sq``: the squared length of the mean gradient. Both
+      are of the module's ``example_losses(batch)``, or else of the cross-entropy of its logits, whatever else it is
+      trained on; in evaluation mode, without what techniques perturb.
     * ``distance``: |w - w_0|, w_0 being the trained weights before the first step; ``weight_change``: that over |w_0|.
     * ``margin_min``, ``margin_10``, ``margin_50``, ``margin_90``: the least margin and quantiles (see
       :func:`margins_of`); ``unfitted``: the share of the sample with a margin below ``threshold``, or not above 0.
@@ -284,7 +290,7 @@ class SGDTemperature(Diagnostic):
         #: w_0 by name.
         self.start: dict[str, Tensor] = {}
         self._groups: list[list[int]] = []
-        self._count, self._size = 0, 1
+        self._count, self._size, self._population = 0, 1, 1
 
     # ------------------------------------------------------------------ what is kept
 
@@ -308,13 +314,13 @@ class SGDTemperature(Diagnostic):
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.start:
             self.start = {name: p.detach().cpu().clone() for name, p in self._trained(module)}
-        size = len(dataset_of(trainer, "train")[0])
+        order = self.drawn(trainer, "train").tolist()
+        size = self._population = len(order)
         count = min(self.affordable(trainer, self.sample, 4), size)
         if count < 2:
             raise ValueError("SGD's noise is the difference between examples: there must be at least two to train on")
         self._size = max(1, min(self.group, count // GROUPS))
         self._count = count // self._size
-        order = torch.randperm(size, generator=self.generator("examples", "train")).tolist()
         groups = [order[i * self._size : (i + 1) * self._size] for i in range(self._count)]
         self._groups = groups[
             trainer.global_rank :: trainer.world_size
@@ -329,7 +335,8 @@ class SGDTemperature(Diagnostic):
         found = {"temperature": lr / ((self.width or 1) * step)}
         found |= self._moved(named)
         trace, square = self._noise(trainer, module, [p for _, p in named])
-        found |= {"noise": trace / step, "gradient_sq": square}
+        left = max(1 / step - 1 / self._population, 0.0)  # a batch of all examples has no noise
+        found |= {"noise": trace * left, "gradient_sq": square}
         return found | self._fitted(trainer, module)
 
     def _moved(self, named: Sequence[tuple[str, nn.Parameter]]) -> dict[str, float]:
@@ -346,7 +353,7 @@ class SGDTemperature(Diagnostic):
         where = device_of(module)
         total: Tensor = torch.zeros(sum(p.numel() for p in weights) + 1, dtype=torch.float64, device=where)
         for members in self._groups:
-            (batch,) = self.examples(trainer, "train", members)
+            batch = fetch(trainer, "train", members)
             gradients = torch.autograd.grad(losses_of(module, batch).mean(), weights, allow_unused=True)
             parts = [
                 (torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradients, weights, strict=True)
@@ -355,7 +362,9 @@ class SGDTemperature(Diagnostic):
             total[:-1] += flat
             total[-1] += flat.square().sum()
         total = summed(total, where)
-        return noise_trace(float(total[-1]), float(total[:-1].square().sum()), self._count, self._size)
+        return noise_trace(
+            float(total[-1]), float(total[:-1].square().sum()), self._count, self._size, self._population
+        )
 
     @torch.no_grad()
     def _fitted(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 #: Forward passes that a Hessian-vector product costs (a backward pass through a backward pass), and its beginning.
 PRODUCT, BEGINNING = 4, 3
-#: Examples of which the graph of the gradient is kept at a time; of one such part it is kept for all products.
-PART = 256
 
 # ---------------------------------------------------------------------- the mathematics
 
@@ -181,7 +179,11 @@ class Sharpness(Diagnostic):
         """The Hessian of the mean loss of the whole sample times a vector (n,); the same on all ranks."""
         count = float(summed(torch.tensor(float(len(self._mine))), device_of(module)))
         # the graph of one part is kept for all products; of more it is built anew, to save memory
-        kept = [self._gradient(module, b, weights) for b in self._parts(trainer)] if len(self._mine) <= PART else None
+        kept = (
+            [self._gradient(module, b, weights) for b in self._parts(trainer)]
+            if len(self._mine) <= self.chunk(trainer, "train")
+            else None
+        )
 
         def product(vector: Tensor) -> Tensor:
             parts = [
@@ -211,7 +213,7 @@ class Sharpness(Diagnostic):
         return product
 
     def _parts(self, trainer: Trainer) -> Any:
-        return self.examples(trainer, "train", self._mine, PART)
+        return self.examples(trainer, "train", self._mine)
 
     @staticmethod
     def _gradient(module: LightningModule, batch: Any, weights: list[Tensor]) -> tuple[Tensor | None, ...]:

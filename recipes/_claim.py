@@ -176,9 +176,18 @@ def done(cell: Cell, version: str | None, metrics: Sequence[str], curves: Sequen
     try:
         record = json.loads(cell.record.read_text(encoding="utf-8"))
         same = record["command"] == cell.command[1:] and version in (None, record["version"])
-        same = same and all(record.get("curves", {}).get(metric) for metric in curves)
+        known = record.setdefault("curves", {})
+        if same and (fresh := [metric for metric in curves if not known.get(metric)]):  # another claim didn't ask for
+            known |= read_curves(cell.folder, fresh)
+        same = same and all(known.get(metric) for metric in curves)
         return record if same and all(math.isfinite(value(record, metric)) for metric in metrics) else None
-    except (OSError, TypeError, KeyError, json.JSONDecodeError):  # not there, or cut off while it was written
+    except (
+        OSError,
+        TypeError,
+        KeyError,
+        IndexError,
+        json.JSONDecodeError,
+    ):  # not there, or cut off while it was written
         return None
 
 

@@ -181,7 +181,7 @@ def read_rows(claim: Grid, file: Path) -> list[Row]:
     try:
         with file.open(newline="", encoding="utf-8") as opened:
             table = list(csv.DictReader(opened))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ClaimError(f"{file} can't be read as a table: {error}") from error
     columns = list(table[0]) if table else []
 

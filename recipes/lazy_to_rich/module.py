@@ -38,7 +38,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from callbacks.diagnostic import Batch, dataset_of, effective_batch, take
+from callbacks.diagnostic import Batch, dataset_of, effective_batch, fetch
 from callbacks.perturbation import accept_other_techniques, clip_groups, match_optimizer_groups, parameter_groups
 
 #: Weights that have moved so many times their initial length are past hope.
@@ -255,12 +255,12 @@ class LazyToRich(LightningModule):
     @torch.no_grad()
     def margins(self) -> tuple[float, float]:
         """The smallest y F of all training examples, over all ranks, and the share of them that is below 1."""
-        dataset, collate = dataset_of(self.trainer, "train")
+        dataset, _ = dataset_of(self.trainer, "train")
         rank, world = self.trainer.global_rank, self.trainer.world_size
         own = list(range(rank, len(dataset), world))
         lowest, unfitted = torch.tensor(math.inf), torch.tensor(0.0)
         for first in range(0, len(own), CHUNK):
-            batch = self.trainer.strategy.batch_to_device(take(dataset, collate, own[first : first + CHUNK]))
+            batch = fetch(self.trainer, "train", own[first : first + CHUNK])
             margin = (signs(batch["label"]) * self.predictor(batch)).nan_to_num(nan=-math.inf).cpu()
             lowest, unfitted = torch.minimum(lowest, margin.min()), unfitted + (margin < MARGIN).sum()
         found = torch.stack([-lowest, unfitted]).to(self.device)

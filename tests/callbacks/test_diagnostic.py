@@ -125,7 +125,7 @@ def test_logits_and_losses_of_batches_of_both_kinds() -> None:
     assert torch.equal(logits_of(module, as_dict), logits_of(module, (image, label)))
     wanted = -logits_of(module, as_dict).log_softmax(1)[torch.arange(4), label]
     torch.testing.assert_close(losses_of(module, as_dict), wanted)
-    with pytest.raises(ValueError, match="needs batches with labels"):
+    with pytest.raises(ValueError, match="whole numbers as labels"):
         label_of({"image": image})
     with pytest.raises(ValueError, match="needs logits"):
         logits_of(torch.nn.Identity(), as_dict)

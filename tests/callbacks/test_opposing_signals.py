@@ -215,7 +215,7 @@ def test_the_largest_change_is_there_without_a_rise() -> None:
         found = by_hand(steps, data, step, 3)
         relative[step] = abs(found["loss"] - found["before"]) / found["before"]
     largest = max(relative, key=lambda step: relative[step])
-    assert watch.counts == {"pairs": 12, "rises": 0, "rises_late": 0, "rises_after": 0} and not watch.groups
+    assert watch.counts.pop("pairs") == 12 and not any(watch.counts.values()) and not watch.groups
     assert watch.largest["step"] == largest
     assert watch.largest["cosine"] == pytest.approx(by_hand(steps, data, largest, 3)["cosine"], rel=1e-3)
     logged = {key.partition("/")[2]: points for key, points in watch.history.items()}

@@ -134,6 +134,7 @@ def test_claims_read_what_is_logged(file: Path) -> None:
         *(f"local_complexity/{p}_second_descent" for p in ("train", "val", "random")),
         *(f"grokking/{k}" for k in ("train_acc", "val_acc", "robust_acc", "train_step", "val_step", "val_delay")),
         *(f"grokking/robust_{k}" for k in ("peak", "peak_step", "end", "late_gain")),
+        "grokking/weight_norm",
     }
     assert {claim.metric, *claim.also, *claim.curves} <= logged
-    assert list(claim.arms) == ["still", "random labels", "init scale 1", "init scale 4"]
+    assert list(claim.arms) == ["still", "random labels", "init scale 1", "init scale 4", "init scale 1, lr 1e-3"]
