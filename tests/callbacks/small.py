@@ -81,9 +81,7 @@ class Notes(Perturbation):
 def images(batches: int = 4, size: int = 4) -> DataLoader[Any]:
     """The same batches each time."""
     g = torch.Generator().manual_seed(5)
-    rows = [
-        {"image": torch.randn(1, 4, 4, generator=g), "label": torch.tensor(i % 2)} for i in range(batches * size)
-    ]
+    rows = [{"image": torch.randn(1, 4, 4, generator=g), "label": torch.tensor(i % 2)} for i in range(batches * size)]
     return DataLoader(rows, batch_size=size)  # type: ignore[arg-type]  # a list is a dataset
 
 

@@ -97,9 +97,7 @@ def test_pgd_step_by_step(norm: Any, rule: Any) -> None:
         else:
             z = z + alpha * (g / g.abs().amax((1, 2, 3), keepdim=True) if rule == "normalised" else g.sign())
             z = torch.min(torch.max(z, x - eps), x + eps).clamp(0, 1)
-        ours = pgd(
-            each(model), x, y, eps=eps, alpha=alpha, steps=k, norm=norm, rule=rule, momentum=0.9, start=begin
-        )
+        ours = pgd(each(model), x, y, eps=eps, alpha=alpha, steps=k, norm=norm, rule=rule, momentum=0.9, start=begin)
         torch.testing.assert_close(ours, z, rtol=0, atol=1e-6)
 
 

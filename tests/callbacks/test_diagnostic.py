@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import base64
 import logging
+import random
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from callbacks.diagnostic import Diagnostic, label_of, log_steps, logits_of, losses_of
+from callbacks.diagnostic import SMALL, Diagnostic, gathered, label_of, log_steps, logits_of, losses_of, take
 from callbacks.perturbation import Batch, Perturbation
 from callbacks.report import Report, new_figure
 from recipes._loggers import MetricsCSV
@@ -129,3 +132,85 @@ def test_logits_and_losses_of_batches_of_both_kinds() -> None:
         label_of({"image": image})
     with pytest.raises(ValueError, match="needs logits"):
         logits_of(torch.nn.Identity(), as_dict)
+
+
+def test_a_users_random_data_are_drawn_alike_each_time() -> None:
+    class Noisy(Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, i: int) -> Any:
+            return torch.rand(3, 32, 32) + random.random() + np.random.rand(), i % 3
+
+    labels = Labels()
+    cells.trainer(labels, max_epochs=2).fit(Own(), DataLoader(Noisy(), 4), own_data(2))
+    assert len({value for _, value in labels.history["labels/bright"]}) == 1
+    before = torch.get_rng_state()
+    first, second = (take(Noisy(), None, positions)[0] for positions in ([3, 4], [4]))
+    assert torch.equal(first[1], second[0]), "what is drawn depends on the examples beside it"
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_unlabelled_examples_are_left_out_where_others_have_labels() -> None:
+    runner, labels = _fitted(cells.data("classifier")), Labels()
+    entries = runner.datamodule.part("train").entries  # type: ignore[attr-defined]
+    everything = labels.positions(runner, "train", 12)
+    assert sorted(everything) == list(range(12))
+    entries["label"][[0, 2, 5, 7]] = -1
+    assert labels.positions(runner, "train", 12) == [i for i in everything if i not in (0, 2, 5, 7)]
+    entries["label"][:] = -1
+    assert labels.positions(runner, "train", 12) == everything, "where none is labelled, labels aren't what is wanted"
+
+
+def _fitted(data: Any) -> Trainer:
+    runner = cells.trainer()
+    runner.fit(cells.recipe("classifier"), datamodule=data)
+    return runner
+
+
+def test_losses_of_one_logit_and_of_unlabelled_examples() -> None:
+    class Two(torch.nn.Module):
+        def __init__(self, outputs: int) -> None:
+            super().__init__()
+            self.outputs = outputs
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image.flatten(1)[:, : self.outputs]
+
+    image, label = torch.randn(5, 1, 2, 2), torch.tensor([0, 1, 1, 0, 1])
+    z = image.flatten(1)[:, 0]
+    wanted = torch.where(label == 1, -z.sigmoid().log(), -(1 - z.sigmoid()).log())
+    torch.testing.assert_close(losses_of(Two(1), (image, label)), wanted)
+    with pytest.raises(ValueError, match="some of these have no label"):
+        losses_of(Two(3), (image, torch.tensor([0, 1, -1, 0, 1])))
+    for bad in ([image], (image, label.float()), {"image": image, "label": label.float()}):
+        with pytest.raises(ValueError, match="whole numbers as labels"):
+            losses_of(Two(3), bad)
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (4, 3), (5, 1), (1, 4), (0, 2)])
+def test_rows_of_ranks_with_different_numbers_are_all_gathered(
+    counts: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0's part, with what the other rank would send."""
+    own = [torch.arange(c * 2.0).view(c, 2) + 100 * r for r, c in enumerate(counts)]
+    most = max(counts)
+    padded = [torch.cat([rows, torch.zeros(most - len(rows), 2)]) for rows in own]
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "all_reduce", lambda t: t.copy_(torch.tensor(counts)))
+    monkeypatch.setattr(
+        dist, "all_gather", lambda parts, mine: [p.copy_(q) for p, q in zip(parts, padded, strict=True)]
+    )
+    wanted = [own[r][i] for i in range(most) for r in range(2) if i < counts[r]]
+    assert torch.equal(gathered(own[0], torch.device("cpu")), torch.stack(wanted))
+
+
+def test_large_examples_pass_in_the_training_batches_size() -> None:
+    runner, labels = _fitted(cells.data("classifier")), Labels()
+    assert labels.chunk(runner, "train") == 256  # 3,072 numbers each
+    labels._elements = 3 * 224 * 224
+    assert labels.chunk(runner, "train") == 6 and 6 * labels._elements <= SMALL
+    labels._elements = 10**7
+    assert labels.chunk(runner, "train") == cells.BATCH

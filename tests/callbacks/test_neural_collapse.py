@@ -347,3 +347,13 @@ def test_labels_that_the_head_has_no_output_for_are_said() -> None:
 def test_settings_out_of_range(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         NeuralCollapse(**options)
+
+
+def test_maps_with_channels_last_are_pooled_over_their_square() -> None:
+    """Swin's layers give (B, H, W, C)."""
+    from callbacks.neural_collapse import pooled
+
+    maps = torch.randn(2, 5, 7, 7)
+    wanted = maps.double().mean((2, 3))
+    torch.testing.assert_close(pooled(maps, "x", 2), wanted)
+    torch.testing.assert_close(pooled(maps.permute(0, 2, 3, 1), "x", 2), wanted)

@@ -421,3 +421,43 @@ def test_digits_of_some_classes() -> None:
         assert torch.equal(train.images[mine], whole.images[theirs])  # type: ignore[index]
     with pytest.raises(ValueError, match="no digit '12'"):
         Digits(classes=[1, 12])
+
+
+def test_groups_are_shown_by_position_where_indices_are_others(tmp_path: Path) -> None:
+    """A user's batches may have an index of their own."""
+    watch, data = OpposingSignals(probe=24, q=3, warmup=0, share=None), Noise()
+    original = watch.examples
+
+    def renumbered(*args: Any, **more: Any) -> Any:
+        for batch in original(*args, **more):
+            yield {**batch, "index": batch["index"] + 1000}
+
+    watch.examples = renumbered  # type: ignore[method-assign]
+    plant = PlantOpposingOutliers(k=3, magnitude=20.0)
+    fit(Report(), plant, watch, module=Linear(0.5), data=data, default_root_dir=tmp_path)
+    assert watch.groups
+    for group, places in watch.places.items():
+        assert watch.groups[group] == [place + 1000 for place in places]
+        batch = data.part("train").plain(places)
+        plant.as_trained(Linear(), batch)
+        for index, image, label in zip(watch.groups[group], batch["image"], batch["label"].tolist(), strict=True):
+            assert torch.equal(watch._pictures[index], image.clamp(0, 1).expand(3, -1, -1))
+            assert {"group": group, "index": index, "label": "ab"[label]}.items() <= next(
+                row.items() for row in watch._rows if row["index"] == index
+            )
+
+
+def test_rises_of_the_others_are_counted_by_hand() -> None:
+    data, steps, watch = Noise(), Steps(), OpposingSignals(probe=24, q=3, warmup=2, share=None)
+    plant = PlantOpposingOutliers(k=3, magnitude=20.0)
+    module = fit(steps, watch, plant, data=data, module=Linear(0.5))
+    assert watch.found is not None
+    batch = data.part("train").plain(range(24))
+    plant.as_trained(module, batch)
+    others = [i for i in range(24) if i not in {*watch.groups["up"], *watch.groups["down"]}]
+    means = {}
+    for step, (weight, bias) in steps.weights.items():
+        logits = batch["image"].flatten(1) @ weight.T + bias
+        means[step] = float(F.cross_entropy(logits[others].double(), batch["label"][others]))
+    rises = sum(means[step] > means[step - 1] for step in range(watch.found + 1, 13))
+    assert watch.counts["rises_others"] == rises > 0

@@ -176,9 +176,7 @@ def test_a_direction_takes_the_size_of_the_spread(shape: tuple[int, ...], own: f
 @pytest.mark.parametrize("shape", [(3, 2, 2, 3), (3, 4, 2)])
 @pytest.mark.parametrize("through_spread", [False, True])
 @pytest.mark.parametrize("direction", [False, True])
-def test_the_fused_shift_is_twice_differentiable(
-    shape: tuple[int, ...], through_spread: bool, direction: bool
-) -> None:
+def test_the_fused_shift_is_twice_differentiable(shape: tuple[int, ...], through_spread: bool, direction: bool) -> None:
     x, noise, theta, _ = draw(shape)
     weight = torch.rand(2, shape[0], dtype=torch.float64)
 

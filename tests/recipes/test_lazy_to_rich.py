@@ -283,3 +283,23 @@ def test_the_command_trains_and_writes_what_the_claim_reads(tmp_path: Path, monk
     for name in ("log2_norm", "norm_over_T", "unfitted", "fit_steps", "sgd_temperature/noise"):
         assert any(row[name] for row in rows), name
     assert (file.parent / "plots" / "sgd_temperature.png").is_file()
+
+
+def test_margins_are_of_the_labels_that_are_trained_on() -> None:
+    """With labels redrawn by LabelNoise, fitted means fitted to these."""
+    from callbacks.label_noise import LabelNoise
+    from tests.laws import cells
+
+    noise, module = LabelNoise(p=1.0, seed=3), cells.recipe("lazy_to_rich")
+    data = cells.data("lazy_to_rich")
+    cells.trainer(noise).fit(module, datamodule=data)
+    batch = data.part("train").plain(range(12))  # type: ignore[attr-defined]
+    clean = batch["label"].clone()
+    noise.as_trained(module, batch)
+    assert not torch.equal(clean, batch["label"])
+    y = 2.0 * batch["label"] - 1
+    with torch.no_grad():
+        margin = y * module.predictor(batch)  # type: ignore[operator]
+    lowest, unfitted = module.margins()  # type: ignore[operator]
+    assert lowest == pytest.approx(float(margin.min()), rel=1e-4)
+    assert unfitted == pytest.approx(float((margin < 1).float().mean()))
