@@ -256,7 +256,7 @@ class Diagnostic(Callback):
 
     Args:
         share: at most this part of what the training costs (counted in forward passes of examples, a training step as
-            three of its batch) is spent on measuring; examples are left out until it fits, though not below 16. None:
+            three of its batch) is spent on measuring: fewer examples are looked at, and, below 16, less often. None:
             no limit. What the measuring really took of the training's time is printed at the end.
         seed: of its own draws; None: the run's.
         name: its place in metrics (``<name>/...``), plots and checkpoints; the class name in snake case if omitted.
@@ -322,6 +322,8 @@ class Diagnostic(Callback):
     def affordable(self, trainer: Trainer, wanted: int, passes: float) -> int:
         """Of how many examples, at most ``wanted``, each planned measurement may make ``passes`` forward passes.
 
+        Where not even :data:`LEAST` examples can be paid at each, there are fewer measurements, though at least two.
+
         Args:
             trainer: in a fit, when its plan is made.
             wanted: how many it would take if nothing had to be paid.
@@ -330,11 +332,13 @@ class Diagnostic(Callback):
         allowed = self.allowance(trainer)
         if allowed is None:
             return wanted
-        fits = int(allowed / (passes * max(len(self._planned), 1)))
-        if fits < LEAST <= wanted:
-            words = "%s: %d examples at each of %d measurements cost more than the share of %g of this short training"
-            log.info(words, self.name, LEAST, len(self._planned), self.share)
-        return min(wanted, max(fits, LEAST))
+        least, plan = min(LEAST, wanted), sorted(self._planned)
+        left = max(int(allowed / (passes * least)), 2)
+        if left < len(plan):
+            self._planned = frozenset(plan[round(i * (len(plan) - 1) / (left - 1))] for i in range(left))
+            words = "%s: %d of %d measurements, at %d examples, so that they take no more than the share of %g"
+            log.info(words, self.name, left, len(plan), least, self.share)
+        return min(wanted, max(int(allowed / (passes * max(len(self._planned), 1))), least))
 
     def positions(self, trainer: Trainer, part: str, count: int) -> list[int]:
         """Which examples of ``train`` or ``val`` are looked at: drawn once, alike on all ranks; this rank's share.

@@ -214,3 +214,23 @@ def test_large_examples_pass_in_the_training_batches_size() -> None:
     assert labels.chunk(runner, "train") == 6 and 6 * labels._elements <= SMALL
     labels._elements = 10**7
     assert labels.chunk(runner, "train") == cells.BATCH
+
+
+def test_where_few_examples_cost_too_much_it_looks_less_often(caplog: pytest.LogCaptureFixture) -> None:
+    """12 examples of a step of 4, 2 epochs: 6 steps, 72 passes; half of them pay 36 passes, 3 looks at 12 examples."""
+
+    class Often(Labels):
+        def plan(self, trainer: Trainer, module: LightningModule) -> list[int]:
+            return list(range(7))
+
+        def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+            self.count = self.affordable(trainer, 12, 1)
+
+    often = Often(share=0.5)
+    with caplog.at_level(logging.INFO, logger="callbacks.diagnostic"):
+        cells.trainer(often, max_epochs=2).fit(cells.recipe("classifier"), datamodule=cells.data("classifier"))
+    assert often.steps == [0, 3, 6] and often.count == 12
+    assert "often: 3 of 7 measurements, at 12 examples" in caplog.text
+    dear = Often(share=0.01)
+    cells.trainer(dear, max_epochs=2).fit(cells.recipe("classifier"), datamodule=cells.data("classifier"))
+    assert dear.steps == [0, 6] and dear.count == 12

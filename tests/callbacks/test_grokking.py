@@ -253,7 +253,7 @@ def test_inputs_that_cannot_be_attacked() -> None:
     with pytest.raises(ValueError, match="Grokking attacks inputs, but .* or set eps 0") as error:
         trainer(Grokking()).fit(Words(), *loaders)
     assert "\n" not in str(error.value)
-    watch = Grokking(eps=0)
+    watch = Grokking(eps=0, share=None)
     trainer(watch).fit(Words(), *loaders)
     assert watch.steps == [0, 1, 2, 3, 4]
 
