@@ -41,7 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from callbacks.diagnostic import Batch, Diagnostic, dataset_of, gathered, label_of, logits_of, summed
 from callbacks.layers import backbone_of
-from callbacks.perturbation import PREFIX, device_of
+from callbacks.perturbation import PREFIX, device_of, trained_weights
 from callbacks.report import new_figure
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ class GeneralizationMeasures(Diagnostic):
         return ()  # the last step is always measured
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        trained = {name: p for name, p in self._network(module).items() if p.requires_grad}
+        trained = dict(trained_weights(module))
         if not any(p.dim() > 1 for p in trained.values()):
             raise ValueError("generalization measures need a weight matrix that is trained, and here is none")
         if trainer.global_step == 0 or not self.start:

@@ -35,7 +35,7 @@ from callbacks.diagnostic import (
     total_steps,
 )
 from callbacks.local_complexity import inputs_of
-from callbacks.perturbation import device_of, fill_rows
+from callbacks.perturbation import device_of, fill_rows, trained_weights
 from callbacks.report import new_figure
 
 if TYPE_CHECKING:
@@ -122,8 +122,7 @@ class Grokking(Diagnostic):
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         batch = take(*dataset_of(trainer, "train"), [0])
         label_of(batch)
-        trained = [name for name, p in module.named_parameters() if p.requires_grad]
-        self._trained = [name for name in trained if not name.startswith("perturbations.")]  # not the techniques' own
+        self._trained = [name for name, _ in trained_weights(module)]
         passes = 4  # logits and losses of both parts
         if self.eps > 0:
             try:

@@ -44,7 +44,15 @@ from callbacks.diagnostic import (
     losses_of,
     total_steps,
 )
-from callbacks.perturbation import PREFIX, Batch, Perturbation, device_of, fold_seed, run_seed, techniques_of
+from callbacks.perturbation import (
+    Batch,
+    Perturbation,
+    device_of,
+    fold_seed,
+    run_seed,
+    techniques_of,
+    trained_weights,
+)
 from callbacks.report import new_figure, wanted
 
 if TYPE_CHECKING:
@@ -332,7 +340,7 @@ class OpposingSignals(Diagnostic):
 
     def _mean_gradient(self, trainer: Trainer, module: LightningModule, group: Tensor) -> list[Tensor]:
         """The gradient by the network's weights of the mean loss of these rows of the probe; the same on all ranks."""
-        weights = [p for n, p in module.named_parameters() if p.requires_grad and not n.startswith(f"{PREFIX}.")]
+        weights = [p for _, p in trained_weights(module)]
         if not weights:
             raise ValueError("opposing signals need weights that are trained, and all are frozen")
         rows = group[group % trainer.world_size == trainer.global_rank] // trainer.world_size

@@ -73,6 +73,12 @@ def device_of(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
+def trained_weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of the network that are trained, techniques' own left out."""
+    own = f"{PREFIX}."
+    return [(n, p) for n, p in module.named_parameters() if p.requires_grad and not n.startswith(own)]
+
+
 def batch_size(batch: Mapping[str, Any]) -> int:
     """Examples in a batch: the length of its first tensor."""
     for value in batch.values():

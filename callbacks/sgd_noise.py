@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -36,7 +36,7 @@ from callbacks.diagnostic import (
     summed,
     total_steps,
 )
-from callbacks.perturbation import PREFIX, Batch, Perturbation, crafting, device_of
+from callbacks.perturbation import Batch, Perturbation, crafting, device_of, trained_weights
 from callbacks.report import new_figure
 
 if TYPE_CHECKING:
@@ -301,11 +301,6 @@ class SGDTemperature(Diagnostic):
         super().load_state_dict(state_dict)
         self.start = state_dict["start"]
 
-    def _trained(self, module: LightningModule) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad and not name.startswith(f"{PREFIX}."):
-                yield name, parameter
-
     # ------------------------------------------------------------------ when and of what
 
     def plan(self, trainer: Trainer, module: LightningModule) -> Sequence[int]:
@@ -313,7 +308,7 @@ class SGDTemperature(Diagnostic):
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.start:
-            self.start = {name: p.detach().cpu().clone() for name, p in self._trained(module)}
+            self.start = {name: p.detach().cpu().clone() for name, p in trained_weights(module)}
         order = self.drawn(trainer, "train").tolist()
         size = self._population = len(order)
         count = min(self.affordable(trainer, self.sample, 4), size)
@@ -329,7 +324,7 @@ class SGDTemperature(Diagnostic):
     # ------------------------------------------------------------------ what is measured
 
     def measure(self, trainer: Trainer, module: LightningModule) -> Mapping[str, float]:
-        named = list(self._trained(module))
+        named = trained_weights(module)
         lr = float(trainer.optimizers[0].param_groups[0]["lr"])
         step = effective_batch(trainer)
         found = {"temperature": lr / ((self.width or 1) * step)}

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from callbacks.diagnostic import Diagnostic, log_steps, losses_of, summed, total_steps
-from callbacks.perturbation import PREFIX, device_of
+from callbacks.perturbation import device_of, trained_weights
 from callbacks.report import new_figure
 
 if TYPE_CHECKING:
@@ -155,9 +155,7 @@ class Sharpness(Diagnostic):
         self._mine = self.positions(trainer, "train", count)
 
     def measure(self, trainer: Trainer, module: LightningModule) -> Mapping[str, float]:
-        weights: list[Tensor] = [
-            p for n, p in module.named_parameters() if p.requires_grad and not n.startswith(f"{PREFIX}.")
-        ]
+        weights: list[Tensor] = [p for _, p in trained_weights(module)]
         if not weights:
             raise ValueError("sharpness needs weights that are trained, and all are frozen")
         where = device_of(module)

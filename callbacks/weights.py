@@ -22,7 +22,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from callbacks.perturbation import PREFIX, Batch, Perturbation, crafting
+from callbacks.perturbation import Batch, Perturbation, crafting, trained_weights
 
 Named = list[tuple[str, Tensor]]
 Tensors = list[Tensor]
@@ -74,8 +74,7 @@ class _Weights(Perturbation):
 
     def chosen(self, module: LightningModule) -> Named:
         """The weights that move: those that are trained, other techniques' own left out."""
-        own = f"{PREFIX}."
-        return [(n, p) for n, p in module.named_parameters() if p.requires_grad and not n.startswith(own)]
+        return [*trained_weights(module)]
 
     def move(self, named: Named, by: Tensors) -> None:
         weights = [p for _, p in named]

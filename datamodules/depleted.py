@@ -8,12 +8,12 @@ larger chi, the fewer points lie near the plane.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datamodules.loading import PartsDataModule, Set
 from datamodules.sampling import Draw, ReplacementSampler
@@ -69,17 +69,8 @@ class Redrawn(PartsDataModule[Set]):
     #: Training steps of an epoch; None: as many as it takes to see as many examples as there are.
     epoch_steps: int | None = None
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        examples = self.part("train")
-        self.ready_for_training(examples)
-        order = ReplacementSampler(len(examples), self.batch_size, self.seed, self.epoch_steps, replays=self.replays)
-        self._order, self._began = order, None
-        if self._resumed is not None:
-            self._take_up(order, self._resumed)
-            self._resumed = None
-        elif self.trainer is not None:
-            order.epoch = self.trainer.current_epoch
-        return self._loader("train", order)
+    def order(self, examples: Set) -> ReplacementSampler:
+        return ReplacementSampler(len(examples), self.batch_size, self.seed, self.epoch_steps, replays=self.replays)
 
 
 class Depleted(Redrawn[Vectors]):

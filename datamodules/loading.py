@@ -142,12 +142,15 @@ class PartsDataModule(LightningDataModule, Generic[Set]):
         lengths = self.lengths(examples)
         return self._loader(part, EvalBatches(len(examples), self.eval_batch_size, lengths=lengths))
 
+    def order(self, examples: Set) -> TrainBatches:
+        """The batches of training, from the first epoch's beginning."""
+        lengths = self.lengths(examples)
+        return TrainBatches(len(examples), self.batch_size, self.seed, replays=self.replays, lengths=lengths)
+
     def train_dataloader(self) -> DataLoader[Any]:
         examples = self.part("train")
         self.ready_for_training(examples)
-        order = TrainBatches(
-            len(examples), self.batch_size, self.seed, replays=self.replays, lengths=self.lengths(examples)
-        )
+        order = self.order(examples)
         self._order, self._began = order, None
         if self._resumed is not None:
             self._take_up(order, self._resumed)

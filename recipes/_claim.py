@@ -181,13 +181,7 @@ def done(cell: Cell, version: str | None, metrics: Sequence[str], curves: Sequen
             known |= read_curves(cell.folder, fresh)
         same = same and all(known.get(metric) for metric in curves)
         return record if same and all(math.isfinite(value(record, metric)) for metric in metrics) else None
-    except (
-        OSError,
-        TypeError,
-        KeyError,
-        IndexError,
-        json.JSONDecodeError,
-    ):  # not there, or cut off while it was written
+    except (OSError, TypeError, LookupError, json.JSONDecodeError):  # not there, or cut off while it was written
         return None
 
 
