@@ -282,9 +282,7 @@ def test_a_networks_loss_and_that_no_gradient_flows_through_the_anchor(objective
 
 
 def test_without_a_pull_it_is_the_classifier() -> None:
-    near = cells.recipe("near_features", lam_h=0.0)
-    torch.manual_seed(1)
-    plain = cells.recipe("classifier")
+    near, plain = cells.recipe("near_features", lam_h=0.0, lr=0.02), cells.recipe("classifier", lr=0.02)
     for module in (near, plain):
         torch.manual_seed(0)
         cells.trainer(max_epochs=1).fit(module, datamodule=cells.Images())
