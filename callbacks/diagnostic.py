@@ -28,8 +28,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from callbacks.perturbation import crafting, device_of, fold_seed, run_seed, techniques_of
+from callbacks.perturbation import crafting, device_of, fold_seed, run_seed, techniques_of, trained_weights
 from callbacks.report import Report, save_figure, save_page, wanted
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ STEP = 3
 SMALL = 2**20
 #: Fewer examples than this say too little, whatever ``share`` allows.
 LEAST = 16
+#: Floating-point operations that a processor does while it reads two numbers of a vector and writes one of them back
+#: (a vector of the weights' length passes through memory, not through a cache; measured on a CPU: 80 to 140) ...
+SWEEP = 100
+#: ... and numbers that stay in the cache, which cost next to nothing.
+CACHED = 2**18
 
 # ---------------------------------------------------------------------- when
 
@@ -214,6 +220,20 @@ def losses_of(module: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, label, reduction="none")
 
 
+# ---------------------------------------------------------------------- of vectors as long as the weights
+
+
+def squared_length(vector: Tensor) -> Tensor:
+    """The sum of squares of a tensor, (), float64; summed in float64, without a copy."""
+    return torch.linalg.vector_norm(vector.detach(), dtype=torch.float64).square()
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """The inner product of two tensors of one shape, summed in float64; in parts, whose copies stay in the cache."""
+    parts = zip(a.flatten().split(CACHED), b.flatten().split(CACHED), strict=True)
+    return float(torch.stack([x.double() @ y.double() for x, y in parts]).sum())
+
+
 # ---------------------------------------------------------------------- over ranks
 
 
@@ -256,8 +276,8 @@ class Diagnostic(Callback):
 
     Args:
         share: at most this part of what the training costs (counted in forward passes of examples, a training step as
-            three of its batch) is spent on measuring: fewer examples are looked at, and, below 16, less often. None:
-            no limit. What the measuring really took of the training's time is printed at the end.
+            three of its batch) is spent on measuring: fewer examples are looked at, and, below 16, less often, but at
+            the beginning and the end. None: no limit. What it really took of the training's time is printed at the end.
         seed: of its own draws; None: the run's.
         name: its place in metrics (``<name>/...``), plots and checkpoints; the class name in snake case if omitted.
 
@@ -319,7 +339,21 @@ class Diagnostic(Callback):
             return None
         return self.share * STEP * total_steps(trainer) * effective_batch(trainer)
 
-    def affordable(self, trainer: Trainer, wanted: int, passes: float) -> int:
+    def sweep(self, trainer: Trainer) -> float:
+        """Forward passes of an example that take as long as going once through vectors as long as the weights.
+
+        Counted once a fit: the operations of one example's loss against :data:`SWEEP` for each weight.
+        """
+        module = trainer.lightning_module
+        number = sum(weight.numel() for _, weight in trained_weights(module)) - CACHED
+        if number <= 0:
+            return 0.0
+        first = self.drawn(trainer, "train")[:1].tolist()  # the same on all ranks
+        with self.measuring(module), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            losses_of(module, fetch(trainer, "train", first))
+        return SWEEP * number / max(counter.get_total_flops(), number)
+
+    def affordable(self, trainer: Trainer, wanted: int, passes: float, sweeps: float = 0) -> int:
         """Of how many examples, at most ``wanted``, each planned measurement may make ``passes`` forward passes.
 
         Where not even :data:`LEAST` examples can be paid at each, there are fewer measurements, though at least two.
@@ -328,17 +362,20 @@ class Diagnostic(Callback):
             trainer: in a fit, when its plan is made.
             wanted: how many it would take if nothing had to be paid.
             passes: forward passes of each example at each measurement; a backward pass counts as two.
+            sweeps: how often each measurement goes through vectors as long as the weights, whatever the number of
+                examples; see :meth:`sweep`.
         """
         allowed = self.allowance(trainer)
         if allowed is None:
             return wanted
+        fixed = sweeps * self.sweep(trainer) if sweeps else 0.0
         least, plan = min(LEAST, wanted), sorted(self._planned)
-        left = max(int(allowed / (passes * least)), 2)
+        left = max(int(allowed / (fixed + passes * least)), 2)
         if left < len(plan):
             self._planned = frozenset(plan[round(i * (len(plan) - 1) / (left - 1))] for i in range(left))
             words = "%s: %d of %d measurements, at %d examples, so that they take no more than the share of %g"
             log.info(words, self.name, left, len(plan), least, self.share)
-        return min(wanted, max(int(allowed / (passes * max(len(self._planned), 1))), least))
+        return min(wanted, max(int((allowed / max(len(self._planned), 1) - fixed) / passes), least))
 
     def positions(self, trainer: Trainer, part: str, count: int) -> list[int]:
         """Which examples of ``train`` or ``val`` are looked at: drawn once, alike on all ranks; this rank's share.

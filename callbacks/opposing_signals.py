@@ -40,8 +40,10 @@ from callbacks.diagnostic import (
     diagnostics_of,
     fetch,
     gathered,
+    inner,
     label_of,
     losses_of,
+    squared_length,
     total_steps,
 )
 from callbacks.perturbation import (
@@ -62,6 +64,8 @@ log = logging.getLogger(__name__)
 
 #: So many pairs of steps are looked at, or all, before ``share`` makes the probe larger.
 LOOKS = 20
+#: How often a look at a pair goes through vectors as long as the weights: five gradients, two cosines, norms.
+SWEEPS = 24
 #: What is counted: pairs of steps, and how often the mean loss rose in them; see the class.
 COUNTS = ("pairs", "rises", "rises_late", "rises_after", "rises_others")
 #: Images of each group in the picture.
@@ -102,13 +106,13 @@ def class_separation(up: Tensor, down: Tensor) -> float:
 def cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """The cosine of two vectors that are given as lists of tensors; 0 where one of them is 0. Summed in float64."""
     length = norm(a) * norm(b)
-    inner = sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
-    return max(-1.0, min(1.0, inner / length)) if length > 0 else 0.0
+    along = sum(inner(x, y) for x, y in zip(a, b, strict=True))
+    return max(-1.0, min(1.0, along / length)) if length > 0 else 0.0
 
 
 def norm(a: Sequence[Tensor]) -> float:
     """The length of a vector that is given as a list of tensors. Summed in float64."""
-    return math.sqrt(sum(float(x.double().square().sum()) for x in a))
+    return math.sqrt(sum(float(squared_length(x)) for x in a))
 
 
 def odd_period(pair: float, steps: int, allowed: float) -> int:
@@ -230,9 +234,10 @@ class OpposingSignals(Diagnostic):
         pair = 2.0 + STEP * 1.5  # two passes for losses; gradients of the probe, and of four groups, each an eighth
         allowed = self.allowance(trainer)
         if allowed is not None:
-            fits = int(allowed / (pair * min(LOOKS, max(steps, 1))))
+            fixed = SWEEPS * self.sweep(trainer)
+            fits = int((allowed / min(LOOKS, max(steps, 1)) - fixed) / pair)
             self._count = min(self._count, max(fits, LEAST))
-            self._period = odd_period(pair * self._count, steps, allowed)
+            self._period = odd_period(pair * self._count + fixed, steps, allowed)
         else:
             self._period = 1
         self._size = min(self.q or max(4, self._count // 50), self._count // 4)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ from callbacks.diagnostic import (
     log_steps,
     logits_of,
     losses_of,
+    squared_length,
     summed,
     total_steps,
 )
@@ -47,6 +49,9 @@ log = logging.getLogger(__name__)
 __all__ = ["SGDNoiseInjection", "SGDTemperature", "margins_of", "noise_trace", "noise_weights"]
 #: Groups of examples below which the noise isn't estimated from groups but from single examples.
 GROUPS = 16
+#: How often a measurement goes through vectors as long as the weights: for each group the layers read and write them
+#: and the sum is taken, and w_0 is compared.
+SWEEPS = (3, 2)
 #: Quantiles of the margins that are logged.
 QUANTILES = (0.1, 0.5, 0.9)
 
@@ -311,7 +316,9 @@ class SGDTemperature(Diagnostic):
             self.start = {name: p.detach().cpu().clone() for name, p in trained_weights(module)}
         order = self.drawn(trainer, "train").tolist()
         size = self._population = len(order)
-        count = min(self.affordable(trainer, self.sample, 4), size)
+        each, once = SWEEPS
+        most = max(GROUPS, math.ceil(self.sample / self.group))
+        count = min(self.affordable(trainer, self.sample, 4, each * most + once), size)
         if count < 2:
             raise ValueError("SGD's noise is the difference between examples: there must be at least two to train on")
         self._size = max(1, min(self.group, count // GROUPS))
@@ -339,27 +346,28 @@ class SGDTemperature(Diagnostic):
         for name, parameter in named:
             if name in self.start:  # not what was frozen when training began
                 start = self.start[name].to(parameter.device)
-                moved += float((parameter.detach() - start).float().square().sum(dtype=torch.float64))
-                length += float(start.float().square().sum(dtype=torch.float64))
+                moved += float(squared_length(parameter.detach() - start))
+                length += float(squared_length(start))
         found = {"distance": math.sqrt(moved)}
         return found | ({"weight_change": math.sqrt(moved / length)} if length else {})
 
     def _noise(self, trainer: Trainer, module: LightningModule, weights: Sequence[nn.Parameter]) -> tuple[float, float]:
         where = device_of(module)
-        total: Tensor = torch.zeros(sum(p.numel() for p in weights) + 1, dtype=torch.float64, device=where)
+        total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in weights]
+        squares: Tensor = torch.zeros((), dtype=torch.float64, device=where)
         for members in self._groups:
             batch = fetch(trainer, "train", members)
             gradients = torch.autograd.grad(losses_of(module, batch).mean(), weights, allow_unused=True)
-            parts = [
-                (torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradients, weights, strict=True)
-            ]
-            flat = torch.cat(parts).double()
-            total[:-1] += flat
-            total[-1] += flat.square().sum()
-        total = summed(total, where)
-        return noise_trace(
-            float(total[-1]), float(total[:-1].square().sum()), self._count, self._size, self._population
-        )
+            for place, gradient in zip(total, gradients, strict=True):
+                if gradient is not None:
+                    place += gradient
+                    squares += squared_length(gradient)
+        if trainer.world_size > 1:
+            flat = torch.cat([part.flatten() for part in total])  # one message for all
+            dist.all_reduce(flat)
+            total = [flat]
+        of_sum = sum(float(squared_length(part)) for part in total)
+        return noise_trace(float(summed(squares, where)), of_sum, self._count, self._size, self._population)
 
     @torch.no_grad()
     def _fitted(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from callbacks.diagnostic import Diagnostic, log_steps, losses_of, summed, total_steps
+from callbacks.diagnostic import Diagnostic, inner, log_steps, losses_of, summed, total_steps
 from callbacks.perturbation import device_of, trained_weights
 from callbacks.report import new_figure
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Forward passes that a Hessian-vector product costs (a backward pass through a backward pass), and its beginning.
 PRODUCT, BEGINNING = 4, 3
+#: How often a product, its arithmetic with it, and a beginning go through vectors as long as the weights.
+SWEEPS = (14, 10)
 
 # ---------------------------------------------------------------------- the mathematics
 
@@ -63,14 +65,14 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int)
     beside: list[float] = [0.0]
     for _ in range(iterations):
         found = product(vector)
-        along = float(found.double() @ vector.double())
+        along = inner(found, vector)
         diagonal.append(along)
-        found = found - along * vector - beside[-1] * before
-        beside.append(float(found.double().norm()))
+        found = found.sub(vector, alpha=along).sub_(before, alpha=beside[-1])
+        beside.append(inner(found, found) ** 0.5)
         scale = max(map(abs, [*diagonal, *beside[:-1]]))
         if not math.isfinite(beside[-1]) or beside[-1] <= 100 * torch.finfo(start.dtype).eps * scale:
             break  # what is left is rounding
-        before, vector = vector, found / beside[-1]
+        before, vector = vector, found.div_(beside[-1])
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     off = torch.tensor(beside[1:-1], dtype=torch.float64)
     matrix += torch.diag(off, 1) + torch.diag(off, -1)
@@ -151,7 +153,8 @@ class Sharpness(Diagnostic):
         return log_steps(self.measurements, total_steps(trainer))
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        count = self.affordable(trainer, self.wanted, PRODUCT * self.iterations + BEGINNING)
+        sweeps = SWEEPS[0] * self.iterations + SWEEPS[1]
+        count = self.affordable(trainer, self.wanted, PRODUCT * self.iterations + BEGINNING, sweeps)
         self._mine = self.positions(trainer, "train", count)
 
     def measure(self, trainer: Trainer, module: LightningModule) -> Mapping[str, float]:
@@ -160,8 +163,8 @@ class Sharpness(Diagnostic):
             raise ValueError("sharpness needs weights that are trained, and all are frozen")
         where = device_of(module)
         number = sum(p.numel() for p in weights)
-        drawn = torch.randn(number, generator=self.generator("start"), dtype=torch.float64)
         kind = torch.promote_types(weights[0].dtype, torch.float32)
+        drawn = torch.randn(number, generator=self.generator("start"), dtype=kind)
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(where.type, enabled=False))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fast kernels of attention have no second derivative
@@ -189,6 +192,7 @@ class Sharpness(Diagnostic):
                 for p, w in zip(vector.split([w.numel() for w in weights]), weights, strict=True)
             ]
             total = torch.zeros_like(vector)
+            places = [t.view_as(w) for t, w in zip(total.split([w.numel() for w in weights]), weights, strict=True)]
             batches = kept if kept is not None else (self._gradient(module, b, weights) for b in self._parts(trainer))
             for gradient in batches:
                 pairs = [(g, p) for g, p in zip(gradient, parts, strict=True) if g is not None and g.requires_grad]
@@ -201,8 +205,9 @@ class Sharpness(Diagnostic):
                     retain_graph=kept is not None,
                     allow_unused=True,
                 )
-                flat = [torch.zeros_like(w) if r is None else r for r, w in zip(rows, weights, strict=True)]
-                total += torch.cat([r.flatten() for r in flat])
+                for place, row in zip(places, rows, strict=True):
+                    if row is not None:
+                        place += row
             total /= count
             if trainer.world_size > 1:
                 dist.all_reduce(total)

@@ -13,12 +13,25 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from callbacks.diagnostic import SMALL, Diagnostic, gathered, label_of, log_steps, logits_of, losses_of, take
+from callbacks.diagnostic import (
+    CACHED,
+    SMALL,
+    SWEEP,
+    Diagnostic,
+    gathered,
+    inner,
+    label_of,
+    log_steps,
+    logits_of,
+    losses_of,
+    squared_length,
+    take,
+)
 from callbacks.perturbation import Batch, Perturbation
 from callbacks.report import Report, new_figure
 from recipes._loggers import MetricsCSV
@@ -234,3 +247,70 @@ def test_where_few_examples_cost_too_much_it_looks_less_often(caplog: pytest.Log
     dear = Often(share=0.01)
     cells.trainer(dear, max_epochs=2).fit(cells.recipe("classifier"), datamodule=cells.data("classifier"))
     assert dear.steps == [0, 6] and dear.count == 12
+
+
+class Wide(LightningModule):
+    """Two layers on images of 32 x 32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(3072, width), torch.nn.Linear(width, 3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(image.flatten(1)))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        return losses_of(self, batch).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("width", [40, 200])
+def test_vectors_as_long_as_the_weights_count_unless_they_stay_in_the_cache(width: int) -> None:
+    class Sweeps(Labels):
+        def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+            self.sweeps = self.sweep(trainer)
+            self.plain, self.count = (self.affordable(trainer, 12, 1, sweeps) for sweeps in (0, 0.01))
+            self.left = len(self._planned)
+
+    torch.manual_seed(0)
+    looks, module = Sweeps(share=1.5), Wide(width)
+    cells.trainer(looks, max_epochs=2).fit(module, datamodule=cells.data("classifier"))
+    number = sum(p.numel() for p in module.parameters())
+    operations = 2 * (3072 * width + 3 * width)  # a product and a sum for each weight of a layer
+    wanted = SWEEP * max(number - CACHED, 0) / operations
+    assert looks.sweeps == pytest.approx(wanted) and (wanted > 10) == (width == 200)
+    # 6 steps of 4 examples pay 1.5 * 3 * 24 passes for the two looks
+    assert looks.plain == 12 and looks.count == 12 and looks.left == 2
+
+    class Dear(Sweeps):
+        def plan(self, trainer: Trainer, module: LightningModule) -> list[int]:
+            return list(range(7))
+
+        def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+            self.count = self.affordable(trainer, 12, 1, 1.0)
+
+    dear = Dear(share=3.0)  # 216 passes: 12 of examples and a sweep at each look
+    torch.manual_seed(0)
+    other = Wide(width)
+    cells.trainer(dear, max_epochs=2).fit(other, datamodule=cells.data("classifier"))
+    assert len(dear.steps) == (7 if width == 40 else int(216 / (12 + wanted)))
+    # counting operations leaves no trace
+    torch.manual_seed(0)
+    bare = Wide(width)
+    cells.trainer(max_epochs=2).fit(bare, datamodule=cells.data("classifier"))
+    for weight, own, its in zip(bare.parameters(), other.parameters(), module.parameters(), strict=True):
+        assert torch.equal(weight, own) and torch.equal(weight, its)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in other.modules())
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
+@given(st.integers(1, 3), st.integers(1, 2 * CACHED), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=20)
+def test_long_vectors_are_summed_in_float64(rows: int, length: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rows, length, generator=g), torch.randn(rows, length, generator=g)
+    assert inner(a, b) == pytest.approx(float((a.double() * b.double()).sum()), rel=1e-9, abs=1e-6)
+    assert float(squared_length(a)) == pytest.approx(float(a.double().square().sum()), rel=1e-12)
+    assert squared_length(a).dtype == torch.float64
