@@ -300,6 +300,8 @@ class Diagnostic(Callback):
         self.history: dict[str, list[list[float]]] = {}
         #: Steps that were measured.
         self.steps: list[int] = []
+        #: What :meth:`affordable` gave; a run that goes on keeps its examples, however long it is now.
+        self.afforded: int | None = None
         self.figure: Figure | None = None
         #: Of the last fit: seconds that measuring took, and the whole training with it.
         self.seconds = (0.0, 0.0)
@@ -367,7 +369,8 @@ class Diagnostic(Callback):
         """
         allowed = self.allowance(trainer)
         if allowed is None:
-            return wanted
+            self.afforded = self.afforded or wanted
+            return self.afforded
         fixed = sweeps * self.sweep(trainer) if sweeps else 0.0
         least, plan = min(LEAST, wanted), sorted(self._planned)
         left = max(int(allowed / (fixed + passes * least)), 2)
@@ -375,7 +378,9 @@ class Diagnostic(Callback):
             self._planned = frozenset(plan[round(i * (len(plan) - 1) / (left - 1))] for i in range(left))
             words = "%s: %d of %d measurements, at %d examples, so that they take no more than the share of %g"
             log.info(words, self.name, left, len(plan), least, self.share)
-        return min(wanted, max(int((allowed / max(len(self._planned), 1) - fixed) / passes), least))
+        fits = max(int((allowed / max(len(self._planned), 1) - fixed) / passes), least)
+        self.afforded = self.afforded or min(wanted, fits)
+        return self.afforded
 
     def positions(self, trainer: Trainer, part: str, count: int) -> list[int]:
         """Which examples of ``train`` or ``val`` are looked at: drawn once, alike on all ranks; this rank's share.
@@ -454,10 +459,11 @@ class Diagnostic(Callback):
         return f"{type(self).__qualname__}.{self.name}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "steps": self.steps}
+        return {"history": self.history, "steps": self.steps, "afforded": self.afforded}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.steps = state_dict["history"], state_dict["steps"]
+        self.afforded = state_dict["afforded"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_names(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it dynamically

@@ -109,13 +109,6 @@ class Grokking(Diagnostic):
         self.count: int | None = None
         self._trained: list[str] = []
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "count": self.count}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.count = state_dict["count"]
-
     def plan(self, trainer: Trainer, module: LightningModule) -> Sequence[int]:
         return log_steps(self.measurements, total_steps(trainer))
 
@@ -130,8 +123,7 @@ class Grokking(Diagnostic):
             except ValueError as error:
                 raise ValueError(f"Grokking attacks inputs, but {error}; or set eps 0") from None
             passes += STEP * self.attack_steps + 1
-        if self.count is None:
-            self.count = self.affordable(trainer, self.points, passes)
+        self.count = self.affordable(trainer, self.points, passes)
 
     def measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         assert self.count is not None

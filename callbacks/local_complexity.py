@@ -286,13 +286,6 @@ class LocalComplexity(Diagnostic):
         self._shape = torch.Size()
         self._found: dict[str, nn.Module] = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "count": self.count}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.count = state_dict["count"]
-
     def plan(self, trainer: Trainer, module: LightningModule) -> Sequence[int]:
         return log_steps(self.measurements, total_steps(trainer))
 
@@ -302,8 +295,7 @@ class LocalComplexity(Diagnostic):
         dim = math.prod(self._shape)
         k = self.directions or min(DIRECTIONS, dim)
         self.frame = frame(k, dim, self.generator("frame"))
-        if self.count is None:
-            self.count = self.affordable(trainer, self.points, 2 * k * len(self.parts))
+        self.count = self.affordable(trainer, self.points, 2 * k * len(self.parts))
         if trainer.is_global_zero:
             words = "%s: r %g, %d corners in %d dimensions, %d points of each of %s, %d layers"
             log.info(words, self.name, self.r, 2 * k, dim, self.count, ", ".join(self.parts), len(self._found))

@@ -230,16 +230,17 @@ class OpposingSignals(Diagnostic):
         steps, examples = total_steps(trainer), len(dataset_of(trainer, "train")[0])
         if examples < 8:
             raise ValueError(f"opposing signals need at least 8 training examples, not {examples}")
-        self._count = min(self.probe, examples)
+        self._count = self.afforded or min(self.probe, examples)
         pair = 2.0 + STEP * 1.5  # two passes for losses; gradients of the probe, and of four groups, each an eighth
         allowed = self.allowance(trainer)
         if allowed is not None:
             fixed = SWEEPS * self.sweep(trainer)
             fits = int((allowed / min(LOOKS, max(steps, 1)) - fixed) / pair)
-            self._count = min(self._count, max(fits, LEAST))
+            self._count = self.afforded or min(self._count, max(fits, LEAST))
             self._period = odd_period(pair * self._count + fixed, steps, allowed)
         else:
             self._period = 1
+        self.afforded = self._count
         self._size = min(self.q or max(4, self._count // 50), self._count // 4)
         if self._period > 1 or self._count < min(self.probe, examples):
             words = "%s: looks at every step" if self._period == 1 else f"%s: looks at steps {self._period} apart"

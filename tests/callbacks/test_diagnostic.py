@@ -249,6 +249,21 @@ def test_where_few_examples_cost_too_much_it_looks_less_often(caplog: pytest.Log
     assert dear.steps == [0, 6] and dear.count == 12
 
 
+def test_a_run_that_goes_on_keeps_its_examples_however_long_it_is_now(tmp_path: Path) -> None:
+    class Some(Labels):
+        def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+            self.count = self.affordable(trainer, 1000, 1)
+
+    first, longer, afresh = Some(share=2.0), Some(share=2.0), Some(share=2.0)
+    runner = cells.trainer(first, max_epochs=1)
+    runner.fit(cells.recipe("classifier"), datamodule=cells.data("classifier"))
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    for diagnostic, file in ((longer, tmp_path / "a.ckpt"), (afresh, None)):
+        runner = cells.trainer(diagnostic, max_epochs=2)
+        runner.fit(cells.recipe("classifier"), datamodule=cells.data("classifier"), ckpt_path=file)
+    assert longer.count == first.count == 36 and afresh.count == 72
+
+
 class Wide(LightningModule):
     """Two layers on images of 32 x 32."""
 
@@ -271,7 +286,9 @@ def test_vectors_as_long_as_the_weights_count_unless_they_stay_in_the_cache(widt
     class Sweeps(Labels):
         def prepare(self, trainer: Trainer, module: LightningModule) -> None:
             self.sweeps = self.sweep(trainer)
-            self.plain, self.count = (self.affordable(trainer, 12, 1, sweeps) for sweeps in (0, 0.01))
+            self.plain = self.affordable(trainer, 12, 1)
+            self.afforded = None
+            self.count = self.affordable(trainer, 12, 1, 0.01)
             self.left = len(self._planned)
 
     torch.manual_seed(0)
