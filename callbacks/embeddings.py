@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from callbacks.balls import Norm, check, length
 from callbacks.layers import Added, Behind, backbone_of, find_layers, layers_there
 from callbacks.perturbation import Batch, Perturbation, crafting
+from callbacks.sharded import needs_whole_weights
 
 # ---------------------------------------------------------------------- functions
 
@@ -168,6 +169,7 @@ class FreeLB(Perturbation):
             h = Behind(module, self._layer).reach(lambda: loss(batch))
         delta = freelb_start(self.rows("start", h), self.mag, self.norm, mask)
         weights = [p for p in module.parameters() if p.requires_grad]
+        needs_whole_weights(self, weights if self.steps > 1 else ())
         sums: list[Tensor | None] = [None] * len(weights)
         for _ in range(self.steps - 1):
             with crafting(module, "train", parameters=True):  # each begins with the same random state

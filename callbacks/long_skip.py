@@ -34,10 +34,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from callbacks.layers import backbone_of
 from callbacks.perturbation import Batch, Perturbation, device_of, techniques_of
 from callbacks.report import new_figure, save_figure, wanted
+from callbacks.sharded import is_sharded
 from callbacks.skips import Skip, dtype_of, find_skips, run_example, value_of
 
 if TYPE_CHECKING:
@@ -295,6 +297,8 @@ class SkipMonitor(Callback):
         ValueError: for a setting out of range.
     """
 
+    works_sharded = True
+
     def __init__(self, every_n_steps: int = 10, window: int = 50, layers: Sequence[str] | None = None) -> None:
         if every_n_steps < 1 or window < 2:
             raise ValueError(f"every_n_steps must be at least 1 and window 2: {every_n_steps} and {window}")
@@ -369,9 +373,14 @@ class SkipMonitor(Callback):
             self._handles.pop().remove()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if self._seen:
-            found = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._seen["gradient"] = torch.stack([g.detach().float().norm() for g in found]).norm()
+        if not self._seen and trainer.global_step % self.every_n_steps:
+            return
+        found = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        if self._seen or is_sharded(found):  # of sharded gradients every rank has a part
+            norms = (g.detach().float().norm() for g in found)
+            norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+            if self._seen:
+                self._seen["gradient"] = norm
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -115,6 +115,8 @@ class Perturbation(Callback):
     per_example: ClassVar[Mapping[str, Any] | None] = None
     #: Whether it adds gradients of its own to the step's, on purpose, where they are accumulated (see FreeLB).
     adds_gradients: ClassVar[bool] = False
+    #: Not weights' own: those refuse sharded ones, see callbacks/sharded.py.
+    works_sharded: ClassVar[bool] = True
     #: Whether it is a part of the network, in training and evaluation alike, and no perturbation of single steps.
     part_of_network: ClassVar[bool] = False
 

@@ -37,6 +37,8 @@ class Report(Callback):
         images: how many images of the first batch are drawn.
     """
 
+    works_sharded = True
+
     def __init__(self, images: int = 12) -> None:
         if images < 1:
             raise ValueError(f"images must be at least 1, not {images}")

@@ -23,6 +23,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from callbacks.perturbation import Batch, Perturbation, crafting, trained_weights
+from callbacks.sharded import needs_whole_weights
 
 Named = list[tuple[str, Tensor]]
 Tensors = list[Tensor]
@@ -74,7 +75,9 @@ class _Weights(Perturbation):
 
     def chosen(self, module: LightningModule) -> Named:
         """The weights that move: those that are trained, other techniques' own left out."""
-        return [*trained_weights(module)]
+        found = trained_weights(module)
+        needs_whole_weights(self, [p for _, p in found])
+        return [*found]
 
     def move(self, named: Named, by: Tensors) -> None:
         weights = [p for _, p in named]

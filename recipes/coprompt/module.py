@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -38,6 +39,7 @@ from callbacks.perturbation import (
     parameter_groups,
     run_seed,
 )
+from callbacks.sharded import shard
 from recipes.classifier.module import DomainConfusion
 from recipes.clip import towers
 from recipes.coprompt.bank import encode, encode_once
@@ -210,6 +212,8 @@ class CoPrompt(LightningModule):
         self._eval_classes: Tensor | None = None
         self._taught: tuple[Tensor, Tensor] | None = None
         self.set_classes(class_names, class_texts, class_sentences, template, domain_names, domain_classes)
+        # DDP would send in each step what never changes, above all the sentences' features.
+        self._ddp_params_and_buffers_to_ignore = [*(n for n, _ in self.named_buffers()), "bank", "taught_classes"]
         self.clip.eval()
         self.teacher.eval()
 
@@ -352,6 +356,17 @@ class CoPrompt(LightningModule):
                 self._encode_bank()
             self.trainer.strategy.barrier()  # the others read what the first has written
             self._sentences()
+
+    def configure_model(self) -> None:
+        """Under ``ModelParallelStrategy`` the blocks of both towers, and the teacher's, are sharded.
+
+        What is trained is small and stays whole, as does what the towers have outside of their blocks.
+        """
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            self._fingerprint()  # while the weights are here
+            self.strict_loading = False  # the frozen weights aren't in checkpoints
+            towers_ = (towers.text_tower(self.clip), self.clip.visual, self.teacher)
+            shard(self, [block for tower in towers_ for block in tower.transformer.resblocks])
 
     def _sentences(self) -> Tensor:
         """:attr:`bank`."""

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ from callbacks.perturbation import (
     run_seed,
 )
 from callbacks.report import tiled
+from callbacks.sharded import is_sharded, shard
 from datamodules.latents import load_autoencoder, read_config
 from datamodules.sampling import Draw, EvalBatches
 from recipes.scalelong.quality import DigitFeatures, InceptionFeatures, SampleQuality
@@ -223,6 +225,10 @@ class Diffusion(LightningModule):
         if stage == "fit" and (h["val_samples"] or h["test_samples"]) and not self._dry:
             self.quality.features.network()  # type: ignore[operator]  # what is missing is missed now, not at the end
 
+    def configure_model(self) -> None:
+        """Under ``ModelParallelStrategy`` the network's weights are sharded, block by block."""
+        shard(self, self.backbone.blocks, [self.backbone])
+
     @property
     def _dry(self) -> bool:
         return bool(getattr(self.trainer, "fast_dev_run", False))
@@ -336,7 +342,8 @@ class Diffusion(LightningModule):
         if h["val_samples"]:
             self._quality(h["val_samples"], "validation")
         self.samples = None
-        if self.trainer.is_global_zero and not self._dry:
+        # Of sharded weights every rank has to hand over its part.
+        if (self.trainer.is_global_zero or is_sharded(self.parameters())) and not self._dry:
             self.samples = self.generate(torch.arange(min(h["num_samples"], 64))).cpu()
 
     def on_validation_epoch_end(self) -> None:
@@ -388,6 +395,10 @@ class Diffusion(LightningModule):
             for part in mine.split(self.hparams["sample_batch_size"]):
                 self.quality.update(_bytes(self.generate(part)), real=False)
                 advance(len(part))
+            if is_sharded(self.parameters()):  # every rank has to hand over its part as often as any other asks
+                size = self.hparams["sample_batch_size"]
+                for _ in range(math.ceil(math.ceil(count / world) / size) - math.ceil(len(mine) / size)):
+                    self.generate(torch.zeros(1, dtype=torch.int64))
 
     def _has_real(self) -> bool:
         return len(self.quality.gathered.real) > 0

@@ -22,5 +22,10 @@ class UNet(nn.Module):
         #: For techniques on features: one layer of each resolution of the encoder.
         self.feature_info = [{"module": f"unet.down_blocks.{i}.resnets.0"} for i in range(downs)]
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All of them, in the order of the forward pass."""
+        return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
+
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         return self.unet(x, time, class_labels=label).sample

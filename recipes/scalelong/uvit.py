@@ -145,6 +145,11 @@ class UViT(nn.Module):
         """Names of the layers through which the connections pass, the outermost first."""
         return [f"skips.{i}" for i in range(len(self.skips))]
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All of them, in the order of the forward pass."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
     def _block(self, block: nn.Module, *tokens: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *tokens, use_reentrant=False)
