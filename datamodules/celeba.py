@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, Window, check_image_size, choose
+from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, Window, cache_at, check_image_size, choose
 
 ATTRIBUTES = tuple(
     "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair "
@@ -32,6 +32,7 @@ class CelebA(ImageDataModule):
         attribute: its absence and its presence are the two classes; if omitted there is one class, ``face``.
         on_corrupt: ``error``: stop at a file that is no image; ``skip``: count such files and go on.
         memory_gb: images are decoded once, if a part takes no more than this (per rank); else at every fetch.
+        cache: folder in which decoded images are kept; loader workers, ranks and later runs read them from there.
 
     Other arguments: see :class:`datamodules.images.ImageDataModule`.
 
@@ -52,6 +53,7 @@ class CelebA(ImageDataModule):
         attribute: str | None = None,
         on_corrupt: OnCorrupt = "error",
         memory_gb: float = 4.0,
+        cache: str | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -61,7 +63,7 @@ class CelebA(ImageDataModule):
         given = Path(root).expanduser()
         self.root = given / "celeba" if (given / "celeba").is_dir() else given
         self.image_size, self.attribute = image_size, attribute
-        self.on_corrupt, self.memory_gb = on_corrupt, memory_gb
+        self.on_corrupt, self.memory_gb, self.cache = on_corrupt, memory_gb, cache_at(cache)
         self.class_names = ["face"] if attribute is None else [f"not {attribute}", attribute]
         self.num_classes, self.domain_names = len(self.class_names), ["celeba"]
 
@@ -110,4 +112,4 @@ class CelebA(ImageDataModule):
         size = (self.image_size, self.image_size)
         files = [folder / name for name in found]
         entries = {"label": label, "domain": torch.zeros_like(label)}
-        return ImageSet(files, entries, size, self.memory_gb, self.on_corrupt, self.crop)
+        return ImageSet(files, entries, size, self.memory_gb, self.on_corrupt, self.crop, self.cache)

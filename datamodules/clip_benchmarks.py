@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from datamodules.captions import CLASS_TEXTS, TEMPLATE, Captions
 from datamodules.domains import Entry
 from datamodules.emoji import CLASSES, STYLES, drawings
-from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, check_image_size
+from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, cache_at, check_image_size
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 Part = Literal["train", "val", "test"]
@@ -162,6 +162,7 @@ class FewShot(ImageDataModule):
         on_corrupt: OnCorrupt = "error",
         memory_gb: float = 4.0,
         eval_batch_size: int | None = 100,
+        cache: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size)
         if shots < 0:
@@ -169,6 +170,7 @@ class FewShot(ImageDataModule):
         check_image_size(image_size)
         self.root, self.shots, self.protocol = Path(root).expanduser(), shots, protocol
         self.image_size, self.on_corrupt, self.memory_gb = image_size, on_corrupt, memory_gb
+        self.cache = cache_at(cache)
         if not self.root.is_dir():
             raise self.missing(self.root)
         self.class_names = self.read_classes()
@@ -214,7 +216,7 @@ class FewShot(ImageDataModule):
         chosen, of = _drawn(label, len(self.domain_classes[0]), part, self.shots, self.seed)
         files = [entries[i].file for i in chosen.tolist()]
         size = (self.image_size, self.image_size)
-        return ImageSet(files, of, size, self.memory_gb, self.on_corrupt, self.crop)
+        return ImageSet(files, of, size, self.memory_gb, self.on_corrupt, self.crop, self.cache)
 
 
 class EmojiFewShot(ImageDataModule):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from datamodules.images import ImageDataModule, ImageSet, check_image_size
+from datamodules.images import ImageDataModule, ImageSet, cache_at, check_image_size
 from datamodules.sampling import Draw
 from datamodules.splits import hold_out
 
@@ -19,7 +19,7 @@ class CaptionedFiles(ImageSet):
     """Files with captions. Adds ``text``, a list: one of an image's captions, a function of (seed, epoch, index).
 
     Args:
-        files, size, crop: see :class:`datamodules.images.ImageSet`.
+        files, size, crop, cache: see :class:`datamodules.images.ImageSet`.
         captions: of each file, at least one.
         seed: of the choice; None: the first caption.
     """
@@ -31,9 +31,10 @@ class CaptionedFiles(ImageSet):
         size: tuple[int, int],
         crop: float,
         seed: int | None,
+        cache: Path | None = None,
     ) -> None:
         nothing = torch.zeros(len(files), dtype=torch.int64)
-        super().__init__(files, {"label": nothing, "domain": nothing}, size, crop=crop)
+        super().__init__(files, {"label": nothing, "domain": nothing}, size, crop=crop, cache=cache)
         self.captions, self.seed = captions, seed
 
     def __getitems__(self, draws: Sequence[Draw]) -> dict[str, Any]:
@@ -59,6 +60,7 @@ class COCOCaptions(ImageDataModule):
         val_size: training images held out for validation; the same ones in all runs.
         num_workers: processes that decode.
         flip: off: captions speak of left and right.
+        cache: folder in which decoded images are kept; loader workers, ranks and later runs read them from there.
 
     Other arguments: see :class:`datamodules.images.ImageDataModule`.
 
@@ -79,9 +81,11 @@ class COCOCaptions(ImageDataModule):
         val_size: int = 1000,
         num_workers: int = 8,
         flip: bool = False,
+        cache: str | None = None,
         **common: Any,
     ) -> None:
         super().__init__(num_workers=num_workers, flip=flip, **common)
+        self.cache = cache_at(cache)
         check_image_size(image_size)
         if val_size < 1:
             raise ValueError(f"val_size must be at least 1, not {val_size}")
@@ -124,4 +128,4 @@ class COCOCaptions(ImageDataModule):
             chosen = (held if part == "val" else kept).tolist()
             files, captions = [files[i] for i in chosen], [captions[i] for i in chosen]
         size = (self.image_size, self.image_size)
-        return CaptionedFiles(files, captions, size, self.crop, self.seed if part == "train" else None)
+        return CaptionedFiles(files, captions, size, self.crop, self.seed if part == "train" else None, self.cache)

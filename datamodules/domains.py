@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, check_image_size, choose
+from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, cache_at, check_image_size, choose
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 Part = Literal["train", "val", "test"]
@@ -37,6 +37,7 @@ class DomainBenchmark(ImageDataModule):
         image_size: images are squashed to a square of this side.
         on_corrupt: ``error``: stop at a file that is no image; ``skip``: count such files and go on.
         memory_gb: images are decoded once, if a part takes no more than this (per rank); else at every fetch.
+        cache: folder in which decoded images are kept; loader workers, ranks and later runs read them from there.
         num_workers: processes that decode; needed where images don't fit in memory.
 
     Other arguments: see :class:`datamodules.images.ImageDataModule`.
@@ -69,6 +70,7 @@ class DomainBenchmark(ImageDataModule):
         memory_gb: float = 4.0,
         eval_batch_size: int | None = None,
         crop_scale: tuple[float, float] | None = None,
+        cache: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size, crop_scale)
         self.root = Path(root).expanduser()
@@ -81,6 +83,7 @@ class DomainBenchmark(ImageDataModule):
             raise ValueError(f"'{both[0]}' can't be source and target: it would test on images of training")
         check_image_size(image_size)
         self.image_size, self.on_corrupt, self.memory_gb = image_size, on_corrupt, memory_gb
+        self.cache = cache_at(cache)
         self.domain_names, self.class_names = list(self.domains), list(self.classes)
         self.num_classes = len(self.class_names)
 
@@ -160,7 +163,8 @@ class DomainBenchmark(ImageDataModule):
                 labels.append(entry.label)
                 domains.append(number)
         entries = {"label": torch.tensor(labels, dtype=torch.int64), "domain": torch.tensor(domains, dtype=torch.int64)}
-        return ImageSet(files, entries, (self.image_size, self.image_size), self.memory_gb, self.on_corrupt)
+        size = (self.image_size, self.image_size)
+        return ImageSet(files, entries, size, self.memory_gb, self.on_corrupt, cache=self.cache)
 
 
 class PACS(DomainBenchmark):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from datamodules.images import IMAGES, ImageDataModule, ImageSet, OnCorrupt, check_image_size
+from datamodules.images import IMAGES, ImageDataModule, ImageSet, OnCorrupt, cache_at, check_image_size
 from datamodules.splits import Part, hold_out
 
 
@@ -26,6 +26,7 @@ class Folders(ImageDataModule):
         on_corrupt: ``error``: stop at a file that is no image; ``skip``: count such files and go on.
         memory_gb: images are decoded once, if a part takes no more than this (per rank); else at every fetch, for which
             ``num_workers`` is needed.
+        cache: folder in which decoded images are kept; loader workers, ranks and later runs read them from there.
 
     Other arguments: see :class:`datamodules.images.ImageDataModule`.
 
@@ -42,6 +43,7 @@ class Folders(ImageDataModule):
         crop: float = 0.0,
         on_corrupt: OnCorrupt = "error",
         memory_gb: float = 4.0,
+        cache: str | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -52,7 +54,7 @@ class Folders(ImageDataModule):
             raise ValueError(f"crop must be 0 or at least 1, not {crop}")
         self.root = Path(root).expanduser()
         self.image_size, self.val_size, self.crop = image_size, val_size, crop
-        self.on_corrupt, self.memory_gb = on_corrupt, memory_gb
+        self.on_corrupt, self.memory_gb, self.cache = on_corrupt, memory_gb, cache_at(cache)
         self.class_names = self._classes("train")
         self.num_classes, self.domain_names = len(self.class_names), [self.root.resolve().name or "images"]
 
@@ -119,4 +121,4 @@ class Folders(ImageDataModule):
             files, label = [files[i] for i in chosen.tolist()], label[chosen]
         size = (self.image_size, self.image_size)
         entries = {"label": label, "domain": torch.zeros_like(label)}
-        return ImageSet(files, entries, size, self.memory_gb, self.on_corrupt, self.crop)
+        return ImageSet(files, entries, size, self.memory_gb, self.on_corrupt, self.crop, self.cache)

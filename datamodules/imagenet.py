@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.images import IMAGENET_CROP, ImageSet
+from datamodules.images import IMAGENET_CROP, ImageSet, cache_at
 from datamodules.splits import HeldOut, class_folders
 
 JPEG = (".jpeg", ".jpg")
@@ -29,6 +29,7 @@ class TinyImageNet(HeldOut):
         image_size: images are scaled to this many pixels.
         memory_gb: images are decoded once, if a part takes no more than this (per rank); else at every fetch.
         val_size: training images held out for validation.
+        cache: folder in which decoded images are kept; loader workers, ranks and later runs read them from there.
 
     Other arguments: see :class:`datamodules.splits.HeldOut` and :class:`datamodules.images.ImageDataModule`. Classes
     are numbered in the order of ``wnids.txt``, sorted.
@@ -41,9 +42,16 @@ class TinyImageNet(HeldOut):
     counts = {"train": 100_000, "test": 10_000}
 
     def __init__(
-        self, root: str, image_size: int = 64, memory_gb: float = 4.0, val_size: int = 2000, **split: Any
+        self,
+        root: str,
+        image_size: int = 64,
+        memory_gb: float = 4.0,
+        val_size: int = 2000,
+        cache: str | None = None,
+        **split: Any,
     ) -> None:
         super().__init__(val_size, **split)
+        self.cache = cache_at(cache)
         given = Path(root).expanduser()
         self.root = given / "tiny-imagenet-200" if (given / "tiny-imagenet-200").is_dir() else given
         self.image_size, self.memory_gb, self.num_classes = image_size, memory_gb, 200
@@ -91,6 +99,7 @@ class ImageNet(HeldOut):
         image_size: side of the square that is cut out.
         val_size: training images held out for validation.
         num_workers: processes that decode.
+        cache: folder in which decoded images are kept; loader workers, ranks and later runs read them from there.
 
     Other arguments: see :class:`datamodules.splits.HeldOut` and :class:`datamodules.images.ImageDataModule`.
 
@@ -103,9 +112,16 @@ class ImageNet(HeldOut):
     classes = 1000
 
     def __init__(
-        self, root: str, image_size: int = 224, val_size: int = 10_000, num_workers: int = 8, **split: Any
+        self,
+        root: str,
+        image_size: int = 224,
+        val_size: int = 10_000,
+        num_workers: int = 8,
+        cache: str | None = None,
+        **split: Any,
     ) -> None:
         super().__init__(val_size, num_workers=num_workers, **split)
+        self.cache = cache_at(cache)
         self.root, self.image_size, self.num_classes = Path(root).expanduser(), image_size, self.classes
         self.domain_names = ["imagenet"]
         folder = self.root / "train"

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
+from datamodules.cache import cached
 from datamodules.loading import PartsDataModule, progress, run_seed  # noqa: F401  # run_seed: used from here
 from datamodules.sampling import Draw
 
@@ -37,9 +38,13 @@ _ASPECT = 4 / 3
 MANY = 2000
 #: How much larger than the middle that is cut out ImageNet's images are scaled.
 IMAGENET_CROP = 8 / 7
+#: Bytes of an image from which on a CPU copies it whole faster than by an index.
+LARGE = 8192
 #: What counts as an image in a folder of the user's.
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 OnCorrupt = Literal["error", "skip"]
+#: The entry of a batch whose images are still to be drawn: the epoch, or -1 where they are wanted as they are.
+BARE = "bare"
 #: A part of an image, in its own pixels: left, top, right, bottom.
 Window = tuple[int, int, int, int]
 
@@ -69,7 +74,10 @@ def decode(file: Path, size: tuple[int, int], crop: float | Window = 0.0) -> Ten
                 image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {file}: the dataset is incomplete") from None
+        raise FileNotFoundError(
+            f"there is no file {file}: the dataset is incomplete; fetch it again (a run that was stopped by it goes on "
+            "with --ckpt_path last)"
+        ) from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{file} can't be read as an image ({' '.join(str(error).split())}): fetch it again, or leave such files "
@@ -132,6 +140,8 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         memory_gb: files are decoded once, here, if the images take no more than this; else at every fetch.
         on_corrupt: ``error``, or ``skip``: count files that can't be decoded and leave them out.
         crop: see :func:`decode`.
+        cache: files are decoded once into a file in this folder, which later sets of the same files read; whatever
+            ``memory_gb`` is. See :mod:`datamodules.cache`.
     """
 
     def __init__(
@@ -142,6 +152,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         memory_gb: float = 0.0,
         on_corrupt: OnCorrupt = "error",
         crop: float | Window = 0.0,
+        cache: Path | None = None,
     ) -> None:
         self.entries = dict(entries)
         self.files: list[Path] | None = None
@@ -150,6 +161,8 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         self.transform: Augmentation | None = None
         #: 2: batches also have ``view``, the same images under a second, independent draw of the transform.
         self.views = 1
+        #: Batches have the images as uint8 and as they are, for :meth:`drawn` to work on where the network is.
+        self.bare = False
         if not isinstance(images, Sequence):
             self.images, self.size = images, (images.shape[-2], images.shape[-1])
         else:
@@ -157,15 +170,44 @@ class ImageSet(Dataset[dict[str, Tensor]]):
                 raise ValueError("files need a size to be decoded to")
             self.files, self.size = list(images), size
             keep = 3 * size[0] * size[1] * len(self.files) <= memory_gb * 2**30
-            if keep or on_corrupt == "skip":
+            kept = cache is not None and len(self.files) > 0 and self._read_cache(cache, on_corrupt)
+            if not kept and (keep or on_corrupt == "skip"):
                 self._read_all(keep, on_corrupt)
         for name, values in self.entries.items():
             if len(values) != len(self):
                 raise ValueError(f"{len(self)} images, but {len(values)} values of '{name}'")
 
+    def _read_cache(self, folder: Path, on_corrupt: OnCorrupt) -> bool:
+        """Takes the images from the folder, where they are put first if need be; False where that can't be done."""
+        files, size, crop = list(self.files or ()), self.size, self.crop
+
+        def read(i: int) -> Tensor | None:
+            try:
+                return decode(files[i], size, crop)
+            except ValueError:
+                if on_corrupt == "error":
+                    raise
+                return None
+
+        found = cached(files, size, crop, folder, read)
+        if found is None:
+            return False
+        self.images, good = found
+        self._leave_out(~good)
+        return True
+
+    def _leave_out(self, bad: Tensor) -> None:
+        """Says which files, bool (N,), can't be read, and forgets them and their entries."""
+        if not bool(bad.any()) or self.files is None:
+            return
+        named = [str(self.files[i]) for i in bad.nonzero()[:5].flatten().tolist()]
+        log.warning("left out %d files that can't be read as images: %s", int(bad.sum()), ", ".join(named))
+        self.entries = {name: values[~bad] for name, values in self.entries.items()}
+        self.files = [file for file, out in zip(self.files, bad.tolist(), strict=True) if not out]
+
     def _read_all(self, keep: bool, on_corrupt: OnCorrupt) -> None:
         assert self.files is not None
-        bad: list[int] = []
+        bad = torch.zeros(len(self.files), dtype=torch.bool)
         images = torch.empty(len(self.files), 3, *self.size, dtype=torch.uint8) if keep else None
 
         def read(i: int) -> None:
@@ -174,7 +216,7 @@ class ImageSet(Dataset[dict[str, Tensor]]):
             except ValueError:
                 if on_corrupt == "error":
                     raise
-                bad.append(i)
+                bad[i] = True
                 return
             if images is not None:
                 images[i] = image
@@ -186,19 +228,8 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         ):
             for _ in pool.map(read, range(len(files))):
                 bar.advance(bar.task_ids[0])
-        if bad:
-            bad.sort()
-            log.warning(
-                "left out %d files that can't be read as images: %s",
-                len(bad),
-                ", ".join(str(files[i]) for i in bad[:5]),
-            )
-            good = torch.ones(len(files), dtype=torch.bool)
-            good[bad] = False
-            self.entries = {name: values[good] for name, values in self.entries.items()}
-            self.files = [file for i, file in enumerate(files) if good[i]]
-            images = images[good] if images is not None else None
-        self.images = images
+        self._leave_out(bad)
+        self.images = images[~bad] if images is not None and bool(bad.any()) else images
 
     def __len__(self) -> int:
         return len(self.images) if self.images is not None else len(self.files or ())
@@ -215,21 +246,89 @@ class ImageSet(Dataset[dict[str, Tensor]]):
         else:
             assert self.files is not None
             images = torch.stack([decode(self.files[i], self.size, self.crop) for i in index.tolist()])
-        batch = {}
-        for number, name in enumerate(("image", "view")[: self.views]):
-            drawn = images if self.transform is None else self.transform(images, draws[0].epoch, index, number)
-            batch[name] = drawn.float().div_(255) if drawn.dtype == torch.uint8 else drawn
+        epoch = draws[0].epoch
+        if self.bare and images.dtype == torch.uint8 and (self.transform is None or self.transform.anywhere):
+            batch = {"image": images, BARE: torch.tensor(-1 if self.transform is None else epoch)}
+        else:
+            batch = self.drawn(images, epoch, index)
         batch |= {name: values[index] for name, values in self.entries.items()}
         return {**batch, "index": index}
 
+    def drawn(self, images: Tensor, epoch: int, index: Tensor) -> dict[str, Tensor]:
+        """The views of these images, float32 (B, C, H, W) in [0, 1], on the device where the images are.
+
+        Args:
+            images: as they are kept; uint8, or what the transform takes.
+            epoch: that of the draws.
+            index: positions (B,) of the images, on the CPU.
+        """
+        views = {}
+        for number, name in enumerate(("image", "view")[: self.views]):
+            drawn = images if self.transform is None else self.transform(images, epoch, index, number)
+            views[name] = drawn.float().div_(255) if drawn.dtype == torch.uint8 else drawn
+        return views
+
     def plain(self, positions: Sequence[int]) -> dict[str, Tensor]:
         """The batch of these examples as they are: not augmented, and in one view."""
-        kept = self.transform, self.views
-        self.transform, self.views = None, 1
+        kept = self.transform, self.views, self.bare
+        self.transform, self.views, self.bare = None, 1, False
         try:
             return self.__getitems__([Draw(0, i) for i in positions])
         finally:
-            self.transform, self.views = kept
+            self.transform, self.views, self.bare = kept
+
+
+def scaled(images: Tensor, windows: Tensor) -> Tensor:
+    """Windows of images, each scaled to the size of the image, with a triangle as wide as a pixel of the result.
+
+    That is ``interpolate(mode="bilinear", antialias=True)`` on each window, as two products of matrices for all.
+
+    Args:
+        images: uint8 (B, C, H, W).
+        windows: int64 (B, 4): left, top, right, bottom.
+
+    Returns:
+        uint8 (B, C, H, W), within one level of what it gives on the CPU.
+    """
+    height, width = images.shape[-2:]
+    left, top, right, bottom = windows.to(torch.float32).unbind(1)
+    across, down = _weights(left, right, width), _weights(top, bottom, height)
+    with torch.autocast(images.device.type, enabled=False):
+        rows = torch.einsum("byh,bchw->bcyw", down, images.float())
+        return torch.einsum("bxw,bcyw->bcyx", across, rows).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _weights(first: Tensor, last: Tensor, size: int) -> Tensor:
+    """What each of ``size`` pixels gives to each of ``size`` new ones, of windows from ``first`` to ``last`` (B,).
+
+    Returns:
+        float32 (B, new, old); the weights of a new pixel sum to 1.
+    """
+    scale = ((last - first) / size)[:, None, None]
+    pixel = torch.arange(size, device=first.device) + 0.5
+    distance = pixel - first[:, None, None] - scale * pixel[:, None]
+    weights = (1 - distance.abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel > first[:, None]) & (pixel < last[:, None]))[:, None]
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _padded(images: Tensor, high: int, wide: int) -> Tensor:
+    """Images (B, C, H, W) with their border's pixels repeated, ``high`` rows and ``wide`` columns on each side.
+
+    By copies: torch's own padding needs floats, and takes seven times as long.
+    """
+    height, width = images.shape[-2:]
+    padded = images.new_empty(*images.shape[:2], height + 2 * high, width + 2 * wide)
+    middle = padded[..., high : high + height, :]
+    middle[..., wide : wide + width] = images
+    middle[..., :wide], middle[..., wide + width :] = images[..., :1], images[..., -1:]
+    padded[..., :high, :], padded[..., high + height :, :] = middle[..., :1, :], middle[..., -1:, :]
+    return padded
+
+
+def _one_by_one(images: Tensor) -> bool:
+    """Whether copying one image after the other is faster than an index for all: large ones on a CPU."""
+    return images.device.type == "cpu" and images[:1].numel() >= LARGE
 
 
 class Augmentation:
@@ -263,6 +362,8 @@ class Augmentation:
             raise ValueError(f"crop_scale must be two shares of the area, 0 < least <= most <= 1, not {crop_scale}")
         self.seed, self.size, self.flip, self.translate, self.transform = seed, size, flip, translate, transform
         self.crop_scale = crop_scale
+        #: Whether it may run on a GPU: a transform of the user's draws from the CPU's random state.
+        self.anywhere = transform is None
         self._tables: dict[tuple[int, int], Tensor] = {}
 
     def _draws(self, epoch: int, index: Tensor, view: int = 0) -> Tensor:
@@ -280,12 +381,16 @@ class Augmentation:
         return self._tables[epoch, view][index]
 
     def __call__(self, images: Tensor, epoch: int, index: Tensor, view: int = 0) -> Tensor:
-        """uint8 (B, C, H, W) in, the same out; ``view``: which of the independent draws of an example and epoch."""
+        """uint8 (B, C, H, W) in, the same out; ``view``: which of the independent draws of an example and epoch.
+
+        Positions ``index`` are on the CPU, where the numbers are drawn, the images anywhere. Flips and shifts are the
+        same everywhere; a window is scaled on a GPU to what it is on the CPU within one level of 255.
+        """
         u = self._draws(epoch, index, view)
         if self.crop_scale is not None:
             images = self._cropped(images, u[:, _DRAWS:])
         if self.flip:
-            images = torch.where((u[:, 0] < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
+            images = self._mirrored(images, u)
         if self.translate:
             images = self._shifted(images, u)
         if self.transform is not None:
@@ -309,21 +414,34 @@ class Augmentation:
     def _cropped(self, images: Tensor, u: Tensor) -> Tensor:
         """Each image's window, scaled to the size of the image."""
         size = images.shape[-2:]
+        windows = self._windows(u, *size)
+        if images.device.type != "cpu":  # one by one, 64 images are 64 times the start of a kernel
+            return scaled(images, windows.to(images.device))
         found = []  # one by one: from 64 pixels on that is faster than a grid for all, and it is what torchvision does
-        for image, (left, top, right, bottom) in zip(images, self._windows(u, *size).tolist(), strict=True):
+        for image, (left, top, right, bottom) in zip(images, windows.tolist(), strict=True):
             part = image[None, :, top:bottom, left:right]
             found.append(F.interpolate(part, size, mode="bilinear", antialias=True))
         return torch.cat(found)
 
+    def _mirrored(self, images: Tensor, u: Tensor) -> Tensor:
+        mirrored = u[:, 0] < 0.5
+        if _one_by_one(images):
+            return torch.stack([x.flip(-1) if flip else x for x, flip in zip(images, mirrored.tolist(), strict=True)])
+        return torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
+
     def _shifted(self, images: Tensor, u: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         reach = max(1, round(self.translate * height)), max(1, round(self.translate * width))
-        padded = F.pad(images.float(), (reach[1], reach[1], reach[0], reach[0]), mode="replicate").to(images.dtype)
         moved = u[:, 1] < 0.5
         down = torch.where(moved, (u[:, 2] * (2 * reach[0] + 1)).long(), reach[0])
         right = torch.where(moved, (u[:, 3] * (2 * reach[1] + 1)).long(), reach[1])
+        padded = _padded(images, *reach)
+        if _one_by_one(images):
+            places = zip(padded, down.tolist(), right.tolist(), strict=True)
+            return torch.stack([x[:, y : y + height, left : left + width] for x, y, left in places])
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (B, C, 2r+1, 2r+1, H, W)
-        return windows[torch.arange(len(images)), :, down, right]
+        where = torch.stack([torch.arange(len(images)), down, right]).to(images.device)
+        return windows[where[0], :, where[1], where[2]]
 
     def _own(self, image: Tensor, draw: Tensor) -> Tensor:
         with torch.random.fork_rng(devices=[]):
@@ -354,6 +472,11 @@ def check_image_size(size: int | None) -> None:
         raise ValueError(f"image_size must be at least 8, not {size}")
 
 
+def cache_at(folder: str | None) -> Path | None:
+    """The folder of decoded images that was asked for."""
+    return None if folder is None else Path(folder).expanduser()
+
+
 class ImageDataModule(PartsDataModule[ImageSet]):
     """Loaders over three :class:`ImageSet`; a dataset's class fills them in :meth:`load`.
 
@@ -373,6 +496,8 @@ class ImageDataModule(PartsDataModule[ImageSet]):
     in_chans: int = 3
     #: Folder of the autoencoder whose latents the images are; None: pixels.
     vae: str | None = None
+    #: Folder of the decoded images of what reads files; None: they aren't kept.
+    cache: Path | None = None
     unit = "images"
 
     def __init__(
@@ -394,11 +519,48 @@ class ImageDataModule(PartsDataModule[ImageSet]):
         #: recipes that compare views, before the loaders are made.
         self.views = 1
 
+    def prepare_data(self) -> None:
+        """Called on one rank of each machine, for whom the others wait as long as it takes: there it is decoded."""
+        if self.cache is not None and self.trainer is not None and self.trainer.state.fn is not None:
+            self.setup(self.trainer.state.fn.value)
+
     def ready_for_training(self, examples: ImageSet) -> None:
         examples.transform = Augmentation(
             self.seed, len(examples), self.flip, self.translate, self.transform, self.crop_scale
         )
         examples.views = self.views
+
+    # ------------------------------------------------------------------ where images are augmented
+
+    def draws_on_device(self) -> bool:
+        """Whether images travel to the network's device as uint8, a quarter of the bytes, and are augmented there.
+
+        On a CPU the loader does it: there its workers can.
+        """
+        return self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
+
+    def _loader(self, part: Literal["train", "val", "test", "predict"], batches: Any) -> DataLoader[Any]:
+        self.part(part).bare = self.draws_on_device()
+        return super()._loader(part, batches)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Moves a batch, then draws its images if they are still as they were.
+
+        Not in ``on_after_batch_transfer``: there a recipe may draw, and Lightning calls the DataModule's hook or the
+        recipe's, never both.
+        """
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if not isinstance(batch, dict) or BARE not in batch:
+            return moved
+        epoch, image = int(batch[BARE]), moved.pop("image")
+        del moved[BARE]
+        if epoch < 0:
+            views = {"image": image.float().div_(255)}
+        else:
+            views = self.part("train").drawn(image, epoch, batch["index"])
+        if self.trainer is not None:  # what Lightning did to the batch on the CPU, for modules of another precision
+            views = self.trainer.precision_plugin.convert_input(views)
+        return {**views, **moved}
 
     # ------------------------------------------------------------------ a folder of the user's
 

@@ -36,8 +36,8 @@ _TRAINING, _EVALUATION = 2112, 10752
 #: Settings of a DataModule that change nothing about its images as they are before augmentation. Nor need its seed be
 #: known: which images it chooses shows in the images.
 _OTHERS = frozenset(
-    "batch_size eval_batch_size num_workers memory_gb download flip translate transform labelled attribute num_classes "
-    "class_names".split()
+    "batch_size eval_batch_size num_workers memory_gb cache download flip translate transform labelled attribute "
+    "num_classes class_names".split()
 )
 
 
@@ -188,6 +188,7 @@ class Latents(ImageDataModule):
     """
 
     vae: str
+    cache: Path
 
     def __init__(self, data: ImageDataModule, vae: str, cache: str | None = None) -> None:
         super().__init__(data.batch_size, data.num_workers, data._seed, data.flip, eval_batch_size=data.eval_batch_size)
@@ -214,6 +215,7 @@ class Latents(ImageDataModule):
         self.domain_names = data.domain_names
         if hasattr(data, "memory_gb"):
             data.memory_gb = 0.0  # its images are needed once, if at all
+        data.cache = None
         self._fingerprint: str | None = None
 
     # ------------------------------------------------------------------ loaders

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, check_image_size
+from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, cache_at, check_image_size
 
 MODALITIES = ("CT", "MR", "US")
 FOLDER = "radiology_ai"
@@ -32,6 +32,7 @@ class RadImageNet(ImageDataModule):
         num_workers: processes that decode.
         on_corrupt: ``error``: stop at a file that is no image; ``skip``: count such files and go on.
         memory_gb: images are decoded once, if a part takes no more than this (per rank); else at every fetch.
+        cache: folder in which decoded images are kept; loader workers, ranks and later runs read them from there.
 
     Other arguments: see :class:`datamodules.images.ImageDataModule`.
 
@@ -54,6 +55,7 @@ class RadImageNet(ImageDataModule):
         num_workers: int = 8,
         on_corrupt: OnCorrupt = "error",
         memory_gb: float = 4.0,
+        cache: str | None = None,
         **common: Any,
     ) -> None:
         super().__init__(num_workers=num_workers, **common)
@@ -61,6 +63,7 @@ class RadImageNet(ImageDataModule):
         given = Path(root).expanduser()
         self.root = given.parent if given.name == FOLDER and not (given / FOLDER).is_dir() else given
         self.image_size, self.on_corrupt, self.memory_gb = image_size, on_corrupt, memory_gb
+        self.cache = cache_at(cache)
         self.class_names = sorted({label for _, label in self._rows("train")})
         if len(self.class_names) != self.classes:
             raise ValueError(
@@ -120,4 +123,5 @@ class RadImageNet(ImageDataModule):
         self._check(part, [name for name, _ in rows])
         entries = {"label": torch.tensor(labels, dtype=torch.int64), "domain": torch.tensor(domains, dtype=torch.int64)}
         files = [self.root / name for name, _ in rows]
-        return ImageSet(files, entries, (self.image_size, self.image_size), self.memory_gb, self.on_corrupt)
+        size = (self.image_size, self.image_size)
+        return ImageSet(files, entries, size, self.memory_gb, self.on_corrupt, cache=self.cache)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, choose
+from datamodules.images import ImageDataModule, ImageSet, OnCorrupt, cache_at, choose
 
 NAMES = ("market1501", "msmt17")
 Part = Literal["train", "query", "gallery"]
@@ -99,6 +99,7 @@ class _Persons(ImageDataModule):
         image_size: height in pixels; the width is half of it, as is the custom (256 x 128).
         on_corrupt: ``error``: stop at a file that is no image; ``skip``: count such files and go on.
         memory_gb: images are decoded once, if a part takes no more than this (per rank); else at every fetch.
+        cache: folder in which decoded images are kept; loader workers, ranks and later runs read them from there.
 
     Other arguments: see :class:`datamodules.images.ImageDataModule`.
 
@@ -124,6 +125,7 @@ class _Persons(ImageDataModule):
         on_corrupt: OnCorrupt = "error",
         memory_gb: float = 4.0,
         eval_batch_size: int | None = None,
+        cache: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, flip, translate, transform, eval_batch_size)
         if image_size < 16:
@@ -131,6 +133,7 @@ class _Persons(ImageDataModule):
         self.root = Path(root).expanduser()
         self.targets = choose("dataset", [self.trained_on] if targets is None else targets, NAMES)
         self.image_size, self.on_corrupt, self.memory_gb = image_size, on_corrupt, memory_gb
+        self.cache = cache_at(cache)
         self.domain_names = list(NAMES)
         self.num_classes = self.counts[self.trained_on]["persons"]
         self.class_names = [f"person {i}" for i in range(self.num_classes)]
@@ -166,7 +169,7 @@ class _Persons(ImageDataModule):
 
     def _images(self, people: list[Person], entries: dict[str, torch.Tensor]) -> ImageSet:
         size = (self.image_size, self.image_size // 2)
-        return ImageSet([p.file for p in people], entries, size, self.memory_gb, self.on_corrupt)
+        return ImageSet([p.file for p in people], entries, size, self.memory_gb, self.on_corrupt, cache=self.cache)
 
     def load(self, part: Literal["train", "val", "test"]) -> ImageSet:
         if part != "test":

@@ -100,7 +100,7 @@ class HeldOut(ImageDataModule):
         if isinstance(images, Tensor):
             return ImageSet(images, entries)
         size = (self.image_size, self.image_size)
-        return ImageSet(images, entries, size, self.memory_gb, self.on_corrupt, self.crop)
+        return ImageSet(images, entries, size, self.memory_gb, self.on_corrupt, self.crop, self.cache)
 
 
 def class_folders(folder: Path, names: Sequence[str], suffixes: Sequence[str], below: str = ".") -> tuple[Any, Tensor]:
