@@ -112,12 +112,12 @@ class LabelNoise(Perturbation):
         return noisy_labels(label, index, self.p, self._classes, seed)
 
     def perturb(self, module: LightningModule, batch: Batch) -> None:
+        self.as_trained(module, batch)
+
+    def as_trained(self, module: LightningModule, batch: Batch) -> None:
         label, index = batch.get("label"), batch.get("index")
         integers = all(isinstance(v, Tensor) and v.dim() == 1 and not v.is_floating_point() for v in (label, index))
         if not integers:
             raise ValueError("LabelNoise needs batches with integer 'label' and 'index', both (B,)")
         assert isinstance(label, Tensor) and isinstance(index, Tensor)
         batch["label"] = self.labels(label, index)
-
-    def as_trained(self, module: LightningModule, batch: Batch) -> None:
-        self.perturb(module, batch)

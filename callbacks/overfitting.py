@@ -7,11 +7,13 @@ FGSM rises; their code stops when PGD-5 accuracy on one batch falls by more than
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from callbacks.adversary import classification, pgd
 from callbacks.balls import Norm, random_in_ball
@@ -31,7 +33,8 @@ class CatastrophicOverfitting(Callback):
         stop: end the training then, as the released code does; best.ckpt has the weights from before.
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a setting out of range; before the first step, for no radius, batches without images and labels,
+            or a module that gives no logits of images.
     """
 
     def __init__(
@@ -46,16 +49,34 @@ class CatastrophicOverfitting(Callback):
             raise ValueError(f"steps must be at least 1 and drop lie between 0 and 1: {steps} and {drop}")
         self.eps, self.norm, self.steps, self.drop, self.stop = eps, norm, steps, drop, stop
         self.before: float | None = None
+        self._checked = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._checked:
+            return
+        self._radius(pl_module)
+        image, label = (batch.get(n) if isinstance(batch, Mapping) else None for n in ("image", "label"))
+        if not (isinstance(image, Tensor) and image.is_floating_point() and isinstance(label, Tensor)):
+            raise ValueError("CatastrophicOverfitting needs batches with 'image', floats, and 'label'")
+        with crafting(pl_module, "eval"), torch.no_grad():
+            logits = pl_module(image)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(label):
+            raise ValueError("CatastrophicOverfitting needs a module whose forward gives logits (B, classes) of images")
+        self._checked = True
+
+    def _radius(self, module: LightningModule) -> tuple[float, Norm]:
+        eps = self.eps if self.eps is not None else getattr(module, "eps", None)
+        if not isinstance(eps, (int, float)):
+            raise ValueError("CatastrophicOverfitting needs eps: the module has none of its own")
+        norm: Norm = self.norm or getattr(module, "norm", "linf")  # type: ignore[assignment]  # any module's
+        return float(eps), norm
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx + 1 != trainer.num_training_batches:
             return
-        eps = self.eps if self.eps is not None else getattr(pl_module, "eps", None)
-        if not isinstance(eps, (int, float)):
-            raise ValueError("CatastrophicOverfitting needs eps: the module has none of its own")
-        norm: Norm = self.norm or getattr(pl_module, "norm", "linf")  # type: ignore[assignment]  # any module's
+        eps, norm = self._radius(pl_module)
         x, y = batch["image"].detach(), batch["label"]
         x, y = x[y >= 0], y[y >= 0]
         seed = fold_seed(run_seed(), "overfitting", trainer.current_epoch, trainer.global_rank)

@@ -163,7 +163,8 @@ class Contrastive(LightningModule):
     # ------------------------------------------------------------------ zero-shot evaluation
 
     def _once(self) -> None:
-        self._classes = self._class_features()
+        with torch.inference_mode(False), torch.no_grad():  # an attack may take gradients through what uses it
+            self._classes = self._class_features()
 
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _once
 

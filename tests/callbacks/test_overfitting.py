@@ -114,3 +114,39 @@ def test_bad_settings_are_refused() -> None:
     del module.eps
     with pytest.raises(ValueError, match="needs eps"):
         trainer(CatastrophicOverfitting()).fit(module, Loader())
+
+
+class Maps(Brittle):
+    """Gives a map of each image, as a denoiser does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, None, None]
+
+
+class Radiusless(Brittle):
+    def __init__(self) -> None:
+        super().__init__(9)
+        del self.eps
+
+
+@pytest.mark.parametrize(
+    ("module", "entries", "words"),
+    [
+        (Maps(9), {}, "needs a module whose forward gives logits"),
+        (Radiusless(), {}, "needs eps"),
+        (Brittle(9), {"image": torch.arange(8)}, "needs batches with 'image', floats, and 'label'"),
+        (Brittle(9), {"image": None}, "needs batches with 'image', floats, and 'label'"),
+        (Brittle(9), {"label": None}, "needs batches with 'image', floats, and 'label'"),
+    ],
+)
+def test_what_it_cannot_watch_is_said_before_the_first_step(
+    module: LightningModule, entries: dict[str, Any], words: str
+) -> None:
+    class Changed(Loader):
+        def __iter__(self) -> Any:
+            return ({k: v for k, v in {**batch, **entries}.items() if v is not None} for batch in batches())
+
+    runner = trainer(CatastrophicOverfitting())
+    with pytest.raises(ValueError, match=words) as error:
+        runner.fit(module, Changed())
+    assert "\n" not in str(error.value) and runner.global_step == 0

@@ -191,6 +191,10 @@ class Images(ImageDataModule):
         images = torch.randint(0, 256, (self.size, 3, SIDE, SIDE), generator=g, dtype=torch.uint8)
         return ImageSet(images, {"label": label, "domain": torch.zeros_like(label)})
 
+    def probe_sets(self) -> tuple[ImageSet, ImageSet]:
+        """For LinearProbe."""
+        return self.load("train"), self.load("test")
+
 
 class Captioned(Images):
     """The same with captions."""
@@ -237,6 +241,10 @@ class Words(TextDataModule):
         for length in torch.randint(1, 10, (self.size,), generator=g).tolist():
             texts.append(" ".join(VOCABULARY[i] for i in torch.randint(2, 30, (length,), generator=g).tolist()))
         return Examples(texts, [i % CLASSES for i in range(self.size)])
+
+    def synonyms(self, word: str) -> list[str]:
+        """For WordSubstitution."""
+        return VOCABULARY[2:5] if word in VOCABULARY[:16] else []
 
 
 #: The DataModule's class of recipes that aren't trained on labelled images, by name of the recipe.
