@@ -41,8 +41,10 @@ from recipes.adversarial_training import AdversarialTrainer
 from recipes.classifier import Classifier
 from recipes.coprompt import CoPrompt
 from tests.benchmark_attention import attention_table
+from tests.benchmark_data import SIDE, data_table
 from tests.benchmark_diagnostics import diagnostic_table
 from tests.benchmark_masks import mask_table
+from tests.benchmark_scaling import scaling_table
 from tests.benchmark_skips import skip_table
 
 # ---------------------------------------------------------------------- what is measured on
@@ -511,9 +513,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small network and few steps, to see that it works")
     parser.add_argument("--steps", type=int, default=30, help="pairs of steps for each row")
-    parts = ("all", "loop", "adversarial", "prompts", "skips", "masks", "attention", "diagnostics")
-    parser.add_argument("--part", choices=parts, default="all", help="which of the tables")
+    parts = ("all", "loop", "adversarial", "prompts", "skips", "masks", "attention", "diagnostics", "data", "scaling")
+    parser.add_argument("table", nargs="?", choices=parts, help="which of the tables (all: all but data)")
+    parser.add_argument("--part", choices=parts, default="all", help="the same")
     args = parser.parse_args(argv)
+    args.part = args.table or args.part
     net, batch, size, n = ("resnet10t", 8, 32, 3) if args.quick else ("resnet18", 64, 64, args.steps)
     where = f"{net}, batch {batch}, {size}x{size}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     if args.part in ("all", "loop"):
@@ -561,6 +565,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{where}, torch {torch.__version__}")
         with quiet():
             diagnostic_table(lambda: classifier(net, size), lambda: Noise(count, batch, size))
+    if args.part == "data":
+        net, batch = ("resnet10t", 8) if args.quick else ("resnet18", 64)
+        print(f"\n{net}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
+        with quiet():
+            data_table(lambda: classifier(net, SIDE), batch, args.quick)
+    if args.part in ("all", "scaling"):
+        print(f"\n1 thread for each rank, torch {torch.__version__}")
+        scaling_table(args.quick, 3 if args.quick else args.steps)
     return 0
 
 
