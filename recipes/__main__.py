@@ -18,7 +18,9 @@ COLUMNS = {"Paper": "paper", "Perturbs": "perturbs", "Plugs in": "plugs in", "Da
 USAGE = """\
 run one:      python -m recipes.<name> fit          (or: recipes <name> fit)
 its options:  python -m recipes.<name> --help
-its claim:    python -m recipes claim <name>        (all of them: claim --all)"""
+its claim:    python -m recipes claim <name>        (all of them: claim --all)
+many runs:    python -m recipes sweep <name>        (its configs/<name>/sweep.yaml; options: sweep --help)
+what fits:    python -m recipes matrix              (every callback on every recipe; options: matrix --help)"""
 
 
 def read_cards(folder: Path | None = None) -> dict[str, dict[str, str]]:
@@ -79,9 +81,17 @@ def main(argv: list[str] | None = None) -> int:
         from recipes._claim import main as claim
 
         return claim(rest)
+    if name == "sweep":
+        from recipes._sweep import main as sweep
+
+        return sweep(rest)
+    if name == "matrix":
+        from recipes._matrix import main as matrix
+
+        return matrix(rest)
     known = read_cards()
     if name not in known:
-        near = difflib.get_close_matches(name.removeprefix("recipes."), [*known, "claim"], 1)
+        near = difflib.get_close_matches(name.removeprefix("recipes."), [*known, "claim", "sweep", "matrix"], 1)
         hint = f"did you mean '{near[0]}'?" if near else f"the recipes are: {', '.join(known)}"
         sys.stderr.write(f"error: no recipe '{name}'\nhint: {hint}\n")
         return 2
