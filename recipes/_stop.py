@@ -17,7 +17,10 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
+from recipes._atomic import remove_partial
+from recipes._loggers import MetricsCSV
 from recipes._run import rank
+from recipes._slurm import in_job
 
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -33,7 +36,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Handlers of SIGINT and SIGTERM, in force within ``with``.
+    """Handlers of SIGINT and SIGTERM, and in a SLURM job of its requeue signal, SIGUSR1; in force within ``with``.
 
     While :attr:`patient` (a training loop runs that can save itself) a signal only sets :attr:`received`; else it ends
     the run where it is. A second Ctrl-C ends the process at once.
@@ -42,13 +45,16 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.patient = False
+        #: The run failed and ends within a bounded time: a launcher's signal, sent for that failure, changes nothing.
+        self.ending = False
         self._when = 0.0
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
+        self._heard = (*SIGNALS, signal.SIGUSR1) if in_job() else SIGNALS
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.getsignal(s) for s in SIGNALS}
+            self._before = {s: signal.getsignal(s) for s in self._heard}
             self.install()
         return self
 
@@ -58,13 +64,15 @@ class Signals:
 
     def install(self) -> None:
         """Put our handlers back: Lightning sets its own for SIGTERM at the start of each loop, which save nothing and
-        end with code 0. Its handler for SLURM's requeue signal (SIGUSR1) stays."""
+        end with code 0. Where ours is there for SIGUSR1, it sets none."""
         if self._before:
-            for signum in SIGNALS:
+            for signum in self._heard:
                 signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a loader's worker, forked with our handlers: its parent will end it
+            return
+        if self.ending:
             return
         now = time.monotonic()
         if self.received is not None:
@@ -94,7 +102,8 @@ class LastCheckpoint(Checkpoint):
         folder: where ``last.ckpt`` goes.
         stamp: what is stored in every checkpoint of the run under ``recipe``: plain values only.
         signals: whose request ends the run.
-        every_n_steps: save also every so many optimizer steps; 0: don't.
+        every_n_steps: save also every so many optimizer steps, and one step later where a validation comes between;
+            0: don't. No more steps than that are lost with a run that is killed.
     """
 
     def __init__(self, folder: Path, stamp: dict[str, Any], signals: Signals, every_n_steps: int = 0) -> None:
@@ -132,6 +141,8 @@ class LastCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = trainer.strategy.broadcast(str(self.file.parent))
         self.file = Path(folder) / self.file.name
+        if stage == "fit" and trainer.is_global_zero:  # of a run that was killed; SLURM's requeue saves into the run
+            remove_partial(self.file.parent, self.file.parent.parent)
         if stage == "fit" and trainer.world_size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo")  # on the CPU: asking must not wait for the GPU
 
@@ -167,26 +178,34 @@ class LastCheckpoint(Checkpoint):
         fetcher = trainer.fit_loop._data_fetcher
         if last or (fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)):
             return
+        # The loop logs a step's metrics after this hook, and resuming doesn't run the step again.
+        connector = trainer._logger_connector
+        if connector.should_update_logs:
+            self._log_ahead(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
         self.save(trainer)
         if signum:
-            # The loop logs a step's metrics after this hook, and resuming doesn't run the step again.
-            trainer._logger_connector.on_batch_end()
-            trainer._logger_connector.update_train_step_metrics()
+            connector.on_batch_end()
+            connector.update_train_step_metrics()
             raise Interrupted(signum, self.file)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_ahead(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
         self.save(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.stamp
 
+    def _log_ahead(self, trainer: Trainer, step: int) -> None:
+        """Write what the loop is about to log, so that no checkpoint knows of a step that metrics.csv doesn't."""
+        metrics = trainer._logger_connector.metrics["log"]  # on all ranks, which may have to average it
+        for logger in trainer.loggers:
+            if metrics and "step" not in metrics and isinstance(logger, MetricsCSV):
+                logger.log_ahead({"epoch": trainer.current_epoch, **metrics}, step)
+
     def save(self, trainer: Trainer) -> None:
-        """Write ``last.ckpt`` under another name and rename it, so that no moment sees half a file."""
+        """Write ``last.ckpt``; every rank takes part."""
         self._due = False
-        partial = self.file.with_suffix(".partial")
-        trainer.save_checkpoint(partial, weights_only=False)  # every rank takes part, the first one writes
-        if trainer.is_global_zero:
-            os.replace(partial, self.file)
+        trainer.save_checkpoint(self.file, weights_only=False)
 
 
 class SignalsInForce(Callback):

@@ -99,7 +99,7 @@ def test_what_a_stopped_run_says(cli: Run) -> None:
     last = result.run / "checkpoints" / "last.ckpt"
     assert f"stopped by SIGINT at step 16; saved {last}" in result.out
     assert "go on with: python -m recipes.toy fit --ckpt_path last" in result.out
-    assert result.err.strip() == "" and not (result.run / "checkpoints" / "last.partial").exists()
+    assert result.err.strip() == "" and not list(result.run.rglob("*.partial"))
     assert "stopped by SIGINT" in (result.run / "run.log").read_text()
 
 
@@ -126,6 +126,57 @@ def test_last_every_n_steps_survives_a_hard_kill(cli: Run, whole: Callable[..., 
     b = cli(*GO_ON, "--last_every_n_steps", 0)
     assert b.code == 0, b.err
     assert_equal_runs(a, b.run)
+
+
+#: A recipe with two techniques on it: of styles and of weights, and augmentation that loader workers draw.
+STACKED = (
+    "fit", "--data", "EmojiDomains", "--data.image_size", 32, "--data.batch_size", 16, "--data.translate", 0.1,
+    "--model.backbone", "resnet10t", "--model.backbone_args", "{channels: [8, 8, 16, 16], stem_width: 8}",
+    "--model.channels_last", "false", "--test_after_fit", "false", "--trainer.max_epochs", 2,
+    "--trainer.limit_train_batches", 8, "--trainer.limit_val_batches", 1, "--trainer.log_every_n_steps", 1,
+    "--trainer.callbacks", "null", "--trainer.callbacks+=AdvStyle", "--trainer.callbacks+=SAM",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stacked")
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (2, 1)])
+def test_other_number_of_workers_in_the_middle_of_an_epoch(cli: Run, kept: Path, before: int, after: int) -> None:
+    """Stopped in the middle of an epoch and resumed with another number of workers, techniques stacked."""
+
+    def call(*words: object) -> Result:
+        return cli(*STACKED, *words, model="recipes.advstyle.module.DomainGeneralizer", name="advstyle")
+
+    if not (kept / "whole").exists():
+        assert call("--trainer.default_root_dir", kept / "whole").code == 0
+    (whole,) = (kept / "whole" / "advstyle").iterdir()
+    stop = ("--trainer.callbacks+=Signal", "--trainer.callbacks.step", 4)
+    b = call("--data.num_workers", before, *stop)
+    assert b.code == 130 and checkpoint(b.run)["global_step"] == 5, b.err
+    b = call("--ckpt_path", "last", "--data.num_workers", after)
+    assert b.code == 0, b.err
+    assert_equal_runs(whole, b.run)
+    assert any(key.startswith("perturbations.") for key in checkpoint(whole)["state_dict"])
+
+
+def test_averages_of_an_epoch_are_of_all_of_it(cli: Run, whole: Callable[..., Path]) -> None:
+    """What is averaged over an epoch's steps counts those before the stop, whatever it is, and stopped how often."""
+    logs = ("--trainer.callbacks", "Averages")
+    a = whole(*logs)
+    b = cli(*FIT, *logs, "--trainer.callbacks+=Signal", "--trainer.callbacks.step", 15)
+    for step in (16, 18):
+        b = cli("fit", "--ckpt_path", "last", *logs, "--trainer.callbacks+=Signal", "--trainer.callbacks.step", step)
+        assert b.code == 130, b.err
+    b = cli("fit", "--ckpt_path", "last", *logs)
+    assert b.code == 0, b.err
+    assert_equal_runs(a, b.run)
+    (row,) = (row for row in metrics(a) if row["epoch"] == "1" and "mean" in row)
+    assert {k: float(row[k]) for k in ("mean", "most", "least", "total", "rare")} == {
+        "mean": 17.5, "most": 23.0, "least": 12.0, "total": 210.0, "rare": 15.75
+    }  # fmt: skip
 
 
 def start(root: Path, *words: object) -> subprocess.Popen[str]:

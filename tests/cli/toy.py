@@ -220,6 +220,22 @@ class Signal(Callback):
             self.step = -1
 
 
+class Averages(Callback):
+    """Logs the number of the step, reduced over the epoch in every way; ``rare``: of every fifth step."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        step = float(trainer.global_step)
+        if batch_idx % 5 == 0:
+            pl_module.log("rare", step, on_step=False, on_epoch=True, batch_size=1 + (batch_idx == 0))
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = torch.tensor(float(trainer.global_step - 1))
+        for name, how in (("mean", "mean"), ("most", "max"), ("least", "min"), ("total", "sum")):
+            pl_module.log(name, step, on_step=False, on_epoch=True, batch_size=1, reduce_fx=how)
+
+
 class Noise(Callback):
     """Something with a setting.
 
