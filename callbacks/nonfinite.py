@@ -53,6 +53,8 @@ class StopOnNonFinite(Callback):
         NonFiniteLoss: from the training loop.
     """
 
+    works_sharded = True
+
     def __init__(self, save_batch: bool = True) -> None:
         self.save_batch = save_batch
         self._batch: Any = None

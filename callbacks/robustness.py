@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,10 @@ from torch import Tensor
 from callbacks.adversary import classification, fgsm, pgd
 from callbacks.balls import Norm, random_noise
 from callbacks.perturbation import crafting, fold_seed, run_seed
+from callbacks.report import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 #: Examples attacked at a time.
@@ -313,9 +317,9 @@ class RobustAccuracy(Callback):
         if getattr(trainer, "fast_dev_run", False):
             return
         folder = Path(trainer.default_root_dir)
-        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "robustness.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        _plot(result, folder / "plots" / "robustness.png")
+        save_figure(trainer, "robustness", _draw(result))
 
 
 def _per_key(x: Tensor, keys: Sequence[int], eps: float, norm: Norm, number: int = 0) -> Tensor:
@@ -353,13 +357,9 @@ def _autoattack(attacks: list[str] | None = None) -> Callable[[LightningModule, 
     return attack
 
 
-def _plot(result: dict[str, Any], file: Path) -> None:
+def _draw(result: dict[str, Any]) -> Figure:
     """Accuracy against radius."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.0, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.0, 3.4)
     axis = figure.subplots()
     radii, values = zip(*result["curve"], strict=True)
     axis.plot(radii, values, "o-", markersize=4)
@@ -370,4 +370,4 @@ def _plot(result: dict[str, Any], file: Path) -> None:
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(f"{result['examples']} images", fontsize=10)
-    figure.savefig(file, dpi=110)
+    return figure

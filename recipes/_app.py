@@ -8,6 +8,7 @@ import functools
 import importlib
 import logging
 import pkgutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,11 +23,14 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 
-from recipes import _checkpoints, _errors
+from recipes import _checkpoints, _errors, _renamed, _slurm
+from recipes._atomic import AtomicTrainer, full_disk
 from recipes._cli import CONFIGS, fail
 from recipes._loggers import MetricsCSV, start_wandb
 from recipes._progress import Progress
+from recipes._ranks import Ranks, Verdict, launched
 from recipes._run import Run, SharedFolder, git_commit, quiet, rank, report, started_by_us
 from recipes._stop import Interrupted, LastCheckpoint, Signals, SignalsInForce
 
@@ -145,6 +149,9 @@ class RecipeCLI(LightningCLI):
     """
 
     run_folder: Run | None = None
+    ranks: Ranks | None = None
+    #: Whether the same command, run again, goes on where this run stops.
+    goes_on = False
 
     def __init__(
         self,
@@ -158,10 +165,13 @@ class RecipeCLI(LightningCLI):
     ) -> None:
         self._recipe, self._dotted, self._verb, self._signals = name, dotted, verb, signals
         self._saved: _checkpoints.Saved | None = None
+        _renamed.check(argv, name)
         wanted, root = _ckpt_path(argv)
         if wanted:
-            file = _checkpoints.find(wanted, Path(root or str(TRAINER["default_root_dir"])), name)
-            self._saved = _checkpoints.read(file, model, dotted, verb) if file else None
+            runs = Path(root or str(TRAINER["default_root_dir"]))
+            self._saved = _checkpoints.find_and_read(wanted, runs, name, model, dotted, verb)
+            if self._saved is not None and (done := _renamed.rename(self._saved.settings, name)):
+                log.info(f"settings in {self._saved.file} that have another name now: {', '.join(done)}")
         parser = type("RecipeParser", (_errors.Parser,), {"debug": debug})
         default = CONFIGS / name / "default.yaml"
         files = [str(default)] if default.is_file() else []
@@ -292,11 +302,17 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = {**dict(self._get(self.config_init, "trainer")), **kwargs}
+        if config["strategy"] == "ModelParallelStrategy":  # Lightning has no short name for it; one file opens anywhere
+            config["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
+        if isinstance(config["strategy"], ModelParallelStrategy):
+            self._check_sharding()
         settings = self._settings()
         dry = bool(config["fast_dev_run"])
         resume = self._saved.run_folder if self._saved is not None and self._verb == "fit" and not dry else None
         run = Run.begin(self._recipe, self._verb, Path(config["default_root_dir"]), temporary=dry, resume=resume)
         self.run_folder = run
+        if self._saved is not None and self._saved.warning:
+            log.warning(self._saved.warning, extra={"console": rank() == 0})
         config["default_root_dir"] = str(run.folder)
         if rank() == 0 and not dry:
             commit = git_commit()
@@ -309,8 +325,25 @@ class RecipeCLI(LightningCLI):
             run.metrics = MetricsCSV(run.folder)
             wandb = start_wandb(run, settings.get("wandb") or "off", settings)
             config["logger"] = [run.metrics] + ([wandb] if wandb is not None else [])
+        self.ranks = Ranks(self._signals, functools.partial(_end_now, self))
         config["callbacks"] = self._callbacks(config, run, settings, dry)
-        return Trainer(**config)
+        trainer = AtomicTrainer(**config)
+        self.ranks.follow(trainer)
+        return trainer
+
+    def _check_sharding(self) -> None:
+        if "configure_model" not in _overridden(self.model):
+            raise ValueError(
+                f"the recipe {self._recipe} is not made for ModelParallelStrategy: use --trainer.strategy ddp"
+            )
+        if self._verb == "fit" and self._saved is not None:
+            before = (self._saved.settings.get("trainer") or {}).get("strategy")
+            # Lightning 2.6.6 takes an optimizer's numbers for those of all parameters, frozen ones too.
+            if "ModelParallelStrategy" not in str(before):
+                raise ValueError(
+                    f"{self._saved.file} was saved by whole ranks, and ModelParallelStrategy would lose its "
+                    f"optimizer's state: go on with --trainer.strategy {before or 'auto'}"
+                )
 
     def _callbacks(self, config: dict[str, Any], run: Run, settings: dict[str, Any], dry: bool) -> list[Callback]:
         """Ours around the user's: the folder and the random streams first, the checkpoints last."""
@@ -325,7 +358,8 @@ class RecipeCLI(LightningCLI):
         chosen.sort(key=lambda c: 2 * isinstance(c, WeightAveraging) + isinstance(c, Diagnostic))
         check_names(chosen)
         has = {kind: any(isinstance(c, kind) for c in chosen) for kind in (ExactResume, Report, StopOnNonFinite)}
-        result: list[Callback] = [SharedFolder(run), SignalsInForce(self._signals)]
+        assert self.ranks is not None
+        result: list[Callback] = [self.ranks, SharedFolder(run), SignalsInForce(self._signals)]
         result += [] if has[ExactResume] else [ExactResume()]
         result += [] if has[Report] else [Report()]
         result += chosen
@@ -361,6 +395,10 @@ class RecipeCLI(LightningCLI):
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
         if best is not None and best.monitor and best.best_model_score is not None:
             run.results[f"best {best.monitor}"] = float(best.best_model_score)
+        if best is not None and best.best_model_path and run.wandb is not None:
+            score = {best.monitor: run.results.get(f"best {best.monitor}")} if best.monitor else {}
+            metadata = {"recipe": self._recipe, "step": trainer.global_step, "epoch": trainer.current_epoch, **score}
+            run.wandb.log_reference(f"{self._recipe}-{run.id}", Path(best.best_model_path), ["best"], metadata)
         can_test = "test_step" in _overridden(self.model) and "test_dataloader" in _overridden(self.datamodule)
         if self.config_init[self._verb]["test_after_fit"] and can_test:
             trainer.test(self.model, datamodule=self.datamodule, verbose=False, weights_only=True)
@@ -496,8 +534,10 @@ def execute(model: str, name: str, verb: str, argv: list[str], *, debug: bool = 
     finished = None
     cli = RecipeCLI.__new__(RecipeCLI)  # known here before its constructor, which does everything, has returned
     code = 1
-    with quiet(), Signals() as signals:
+    ours = launched(functools.partial(_end_now, cli), lambda: cli.ranks is not None and cli.ranks.connected)
+    with quiet(), Signals() as signals, ours:
         try:
+            cli.goes_on = verb == "fit" and _ckpt_path(argv)[0] in ("last", "last?")
             import_plugs()
             module, _, cls = model.rpartition(".")
             cli.__init__(getattr(importlib.import_module(module), cls), model, name, verb, argv, signals, debug)  # type: ignore[misc]
@@ -512,38 +552,90 @@ def execute(model: str, name: str, verb: str, argv: list[str], *, debug: bool = 
         except Exception as error:
             if debug:
                 traceback.print_exception(error)
-            code = _failed(cli, error)
+            code = _failed(cli, full_disk(error) or error)
         finally:
             _end(cli, code)
     return code
 
 
 def _interrupted(cli: RecipeCLI, stop: Interrupted, name: str) -> int:
+    verdict = cli.ranks.agreed() if cli.ranks is not None else None
+    if verdict is not None and verdict.weight > 0:  # a launcher that saw another rank fail has sent the signal
+        return _said(cli, verdict)
     trainer = getattr(cli, "trainer", None)
+    requeue = stop.signum == signal.SIGUSR1
     if rank() != 0:
-        # Lightning kills the first rank when one that it started ends with another code than 0.
-        return 0 if started_by_us() else stop.code
+        # Lightning kills the first rank when one that it started ends with another code than 0, and srun may do so
+        # (--kill-on-bad-exit) before the first rank has asked for the requeue.
+        return 0 if started_by_us() or requeue else stop.code
     if stop.saved is not None and trainer is not None:
         log.info(f"stopped by {stop} at step {trainer.global_step}; saved {stop.saved}")
-        log.info(f"go on with: python -m recipes.{name} fit --ckpt_path last")
+        if not requeue:
+            log.info(f"go on with: python -m recipes.{name} fit --ckpt_path last")
     else:
         log.info(f"stopped by {stop}; nothing to save")
+    if requeue:
+        _requeue(cli)
     return stop.code
 
 
+def _requeue(cli: RecipeCLI) -> None:
+    """Ask SLURM to start this job again; it may end this process as soon as it is asked."""
+    run = cli.run_folder
+    saved = run is not None and (run.checkpoints / "last.ckpt").exists()
+    goes_on = cli.goes_on and not (run is not None and run.temporary)
+    if why := _slurm.why_not(getattr(cli, "trainer", None), goes_on, saved):
+        log.warning(f"the job isn't requeued: {why}")
+        return
+    if cli.ranks is not None:  # no other rank waits for what SLURM says
+        cli.ranks.end()
+    _slurm.requeue()
+
+
 def _failed(cli: RecipeCLI, error: Exception) -> int:
+    if cli.ranks is not None and cli.ranks.connected:
+        cli.ranks.tell(error)
+        verdict = cli.ranks.agreed()
+        if verdict is not None:
+            return _said(cli, verdict)
     run = cli.run_folder
     message, hints = _errors.describe(error)
     log.error("%s: %s", type(error).__name__, message, exc_info=error, extra={"console": False})
     if started_by_us() and run is not None and _said_by_first_rank(run, message):
         return 2 if _errors.is_bad_input(error) else 1
-    who = f" (rank {rank()})" if rank() else ""
+    own = _errors.is_bad_input(error) and bool(hints or _errors.raised_here(error))
+    line = message if _errors.is_bad_input(error) else f"{type(error).__name__}: {message}"
+    fail(f"{line}{f' (rank {rank()})' if rank() else ''}", *hints, *([] if own else [_where(cli)]))
+    return 2 if _errors.is_bad_input(error) else 1
+
+
+def _where(cli: RecipeCLI) -> str:
+    run = cli.run_folder
     logged = run is not None and not run.temporary and run.folder.is_dir()
-    where = f"the traceback is in {run.folder / 'run.log'}" if run and logged else "--debug shows the traceback"
-    if _errors.is_bad_input(error):
-        return fail(message + who, *hints, *([] if hints or _errors.raised_here(error) else [where]))
-    fail(f"{type(error).__name__}: {message}{who}", *hints, where)
-    return 1
+    return f"the traceback is in {run.folder / 'run.log'}" if run and logged else "--debug shows the traceback"
+
+
+def _said(cli: RecipeCLI, verdict: Verdict) -> int:
+    """Say, in one rank and once, why all of them end."""
+    assert cli.ranks is not None
+    if cli.ranks.says(verdict):
+        log.error("rank %d: %s\n%s", verdict.rank, verdict.line, verdict.trace, extra={"console": False})
+        who = f" (rank {verdict.rank})" if verdict.rank and verdict.trace else ""
+        fail(f"{verdict.line}{who}", *verdict.hints, *([_where(cli)] if verdict.trace and not verdict.plain else []))
+    return verdict.code
+
+
+def _end_now(cli: RecipeCLI, verdict: Verdict) -> None:
+    """In a rank whose main thread waits for one that failed: say why, save the metrics, leave nothing running."""
+    if cli.ranks is not None:
+        _said(cli, verdict)
+    else:
+        fail(verdict.line, *verdict.hints)
+    if cli.run_folder is not None and cli.run_folder.metrics is not None:
+        cli.run_folder.metrics.save()
+    _end(cli, verdict.code)
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _said_by_first_rank(run: Run, message: str, seconds: float = 2.0) -> bool:
@@ -559,6 +651,8 @@ def _said_by_first_rank(run: Run, message: str, seconds: float = 2.0) -> bool:
 
 def _end(cli: RecipeCLI, code: int) -> None:
     """Leave nothing running: the ranks that Lightning started, W&B, the log file."""
+    if cli.ranks is not None:
+        cli.ranks.end()
     launcher = getattr(getattr(getattr(cli, "trainer", None), "strategy", None), "launcher", None)
     for process in getattr(launcher, "procs", []):
         try:
@@ -566,4 +660,4 @@ def _end(cli: RecipeCLI, code: int) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
     if cli.run_folder is not None:
-        cli.run_folder.end()
+        cli.run_folder.end(code)

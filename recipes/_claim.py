@@ -19,12 +19,10 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,6 +45,7 @@ from recipes._claim_results import (
     verdict,
 )
 from recipes._cli import CONFIGS, HOME, fail
+from recipes._jobs import Jobs, interruptible, last_lines
 
 __all__ = ["Arm", "Claim", "ClaimError", "compare", "main", "read", "run_claim", "summary", "t_interval", "verdict"]
 #: A claim is stated for at least so many seeds; an early look (``--seeds``) may take fewer.
@@ -129,7 +128,7 @@ class Cell:
 
 
 #: What no number depends on.
-_UNRELATED = re.compile(r"claim(_.*)?\.yaml|sweep\.yaml|(_claim(_results)?|_measures)\.py")
+_UNRELATED = re.compile(r"claim(_.*)?\.yaml|sweep\.yaml|(_claim(_results)?|_measures|_jobs|_sweep)\.py")
 
 
 def source_version() -> str:
@@ -224,45 +223,37 @@ class Trainer:
         version: of the source, kept with each result.
         also: further columns that must be there.
         curves: columns that are kept whole.
+        wandb: ``off``, ``offline`` or ``online``.
+        group: W&B's group of all cells; an arm is a job type there.
     """
 
-    grace = 20.0
-
     def __init__(
-        self, jobs: int, metric: str, version: str, also: Sequence[str] = (), curves: Sequence[str] = ()
+        self,
+        jobs: int,
+        metric: str,
+        version: str,
+        also: Sequence[str] = (),
+        curves: Sequence[str] = (),
+        wandb: str = "off",
+        group: str = "",
     ) -> None:
+        self.wandb, self.group = wandb, group
         self.metric, self.version, self.also, self.curves = metric, version, also, curves
-        self.pool = ThreadPoolExecutor(jobs)
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": _path()}
-        self._running: set[subprocess.Popen[str]] = set()
-        self._lock = threading.Lock()
-        self._stopped = False
+        self.jobs = Jobs(jobs)
 
     def train(self, cell: Cell) -> dict[str, Any]:
         """Train one cell and record what it gave."""
         cell.folder.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
-        with (cell.folder / "output.txt").open("w", encoding="utf-8") as output:
-            with self._lock:
-                if self._stopped:
-                    raise ClaimError("stopped")
-                process = subprocess.Popen(  # in a group of its own: a terminal's Ctrl-C reaches it once, through us
-                    cell.command,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    env=self.environment,
-                    start_new_session=True,
-                )
-                self._running.add(process)
-            code = process.wait()
-        with self._lock:
-            self._running.discard(process)
-        if code:
-            said = (cell.folder / "output.txt").read_text(encoding="utf-8").strip().splitlines()[-3:]
+        output = cell.folder / "output.txt"
+        command = list(cell.command)
+        if self.wandb != "off":  # no number depends on it
+            command[command.index("--wandb") + 1] = self.wandb
+        place = {"WANDB_RUN_GROUP": self.group, "WANDB_JOB_TYPE": cell.arm, "WANDB_TAGS": f"seed-{cell.seed}"}
+        place |= {"WANDB_NAME": f"{cell.arm}, seed {cell.seed}"}
+        if code := self.jobs.run(command, output, place):
             raise CellFailed(
-                f"{cell.arm}, seed {cell.seed} ended with {code}: {' / '.join(said)} "
+                f"{cell.arm}, seed {cell.seed} ended with {code}: {last_lines(output)} "
                 f"(command: {shlex.join(cell.command)})"
             )
         seconds = round(time.monotonic() - begun, 1)
@@ -279,7 +270,7 @@ class Trainer:
     def all(self, wanted: Sequence[Cell], say: Callable[[str], None]) -> dict[tuple[str, int], dict[str, Any]]:
         """Results of all cells, in any order; a line for each that ends."""
         begun, records = time.monotonic(), {}
-        futures: dict[Future[dict[str, Any]], Cell] = {self.pool.submit(self.train, cell): cell for cell in wanted}
+        futures: dict[Future[dict[str, Any]], Cell] = {self.jobs.pool.submit(self.train, cell): cell for cell in wanted}
         try:
             left = set(futures)
             while left:
@@ -291,34 +282,20 @@ class Trainer:
                     gave = f"{self.metric} {value(record, self.metric):.4f}"
                     say(f"{len(records)}/{len(wanted)}  {cell.arm}, seed {cell.seed}: {gave}  eta {eta / 60:.0f} min")
         finally:
-            self.stop()
+            self.jobs.stop()
         return records
-
-    def stop(self) -> None:
-        """End what still runs: ask, and after :attr:`grace` seconds insist (a rank that hangs hears no SIGTERM)."""
-        with self._lock:
-            self._stopped, running = True, list(self._running)
-        for process in running:
-            process.terminate()
-        deadline = time.monotonic() + self.grace
-        for process in running:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:  # it leads its group and still lives, so the group is ours
-                os.killpg(process.pid, signal.SIGKILL)
-        self.pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _path() -> str:
-    """PYTHONPATH with which a child finds the same packages as we did."""
-    return os.pathsep.join([str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 # ---------------------------------------------------------------------- what comes out
 
 
 def run_claim(
-    claim: Claim, out: Path, jobs: int, say: Callable[[str], None] = print, report_only: bool = False
+    claim: Claim,
+    out: Path,
+    jobs: int,
+    say: Callable[[str], None] = print,
+    report_only: bool = False,
+    wandb: str = "off",
 ) -> dict[str, Any]:
     """Train what isn't trained yet and write ``result.json``, ``table.md`` and ``plot.png`` into ``out``.
 
@@ -342,7 +319,8 @@ def run_claim(
     if records:
         say(f"{len(records)} of {len(wanted)} cells are trained already")
     if missing:
-        records |= Trainer(min(jobs, len(missing)), metrics[0], version, metrics[1:], curves).all(missing, say)
+        trainer = Trainer(min(jobs, len(missing)), metrics[0], version, metrics[1:], curves, wandb, claim.name)
+        records |= trainer.all(missing, say)
 
     def number(arm: str, seed: int, metric: str) -> float:
         if not metric.startswith(STEPS_TO):
@@ -405,45 +383,36 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/claims"), help="folder for results (default: runs/claims)"
     )
-    received: list[int] = []
-
-    def end(signum: int, frame: object) -> None:
-        if not received:  # the children are being ended already, within a bounded time
-            received.append(signum)
-            raise KeyboardInterrupt
-
-    # The children don't hear the terminal, so what it says to us must end them: SIGHUP, too, unless nohup ignores it.
-    # (SIGINT may be ignored, too, where a shell started us in the background; who sends it then means it.)
-    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
-    signals = [signal.SIGINT, signal.SIGTERM, *hangup]
-    before = {signum: signal.signal(signum, end) for signum in signals}
-    try:
-        args = parser.parse_args(argv)
-        if args.all == bool(args.recipe):
-            return fail("name one recipe, or --all", f"python -m recipes claim {(claimed() or ['<name>'])[0]}")
-        seeds = list(dict.fromkeys(seed for part in args.seeds or [] for seed in part))
-        if args.jobs < 1 or (args.seeds and len(seeds) < 2):
-            return fail("--jobs must be at least 1, and --seeds at least two different ones")
-        names = claimed() if args.all else [n for n in claimed() if n == args.recipe or n.startswith(f"{args.recipe}/")]
-        claims = [read(name) for name in names or [args.recipe]]
-        results = []
-        for claim in claims:
-            claim = replace(claim, seeds=seeds or claim.seeds)
-            out, own = args.out / claim.name, {"report_only": args.report_only}
-            if isinstance(claim, _measures.Grid):
-                results.append(_measures.run_claim(claim, out, args.jobs, table=args.csv, **own))
-            elif args.csv is not None:
-                return fail(f"--csv is for claims of a grid of trainings, which '{claim.name}' isn't")
-            else:
-                results.append(run_claim(claim, out, args.jobs, **own))
-        if len(results) > 1:
-            print(summary(results))
-    except ClaimError as error:
-        code = fail(str(error))
-        return 1 if isinstance(error, CellFailed) else code
-    except KeyboardInterrupt:  # the children have been ended
-        return 128 + (received or [signal.SIGINT])[0]
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    tracked = "track the trainings with W&B: one group, an arm is a job type (default: off)"
+    parser.add_argument("--wandb", choices=["off", "offline", "online"], default="off", help=tracked)
+    with interruptible() as received:
+        try:
+            args = parser.parse_args(argv)
+            if args.all == bool(args.recipe):
+                return fail("name one recipe, or --all", f"python -m recipes claim {(claimed() or ['<name>'])[0]}")
+            seeds = list(dict.fromkeys(seed for part in args.seeds or [] for seed in part))
+            if args.jobs < 1 or (args.seeds and len(seeds) < 2):
+                return fail("--jobs must be at least 1, and --seeds at least two different ones")
+            own = [n for n in claimed() if n == args.recipe or n.startswith(f"{args.recipe}/")]
+            names = claimed() if args.all else own
+            claims = [read(name) for name in names or [args.recipe]]
+            results = []
+            for claim in claims:
+                claim = replace(claim, seeds=seeds or claim.seeds)
+                out, how = args.out / claim.name, {"report_only": args.report_only}
+                if isinstance(claim, _measures.Grid) and args.wandb != "off":
+                    return fail(f"'{claim.name}' is a claim of a grid of trainings, which W&B doesn't track")
+                if isinstance(claim, _measures.Grid):
+                    results.append(_measures.run_claim(claim, out, args.jobs, table=args.csv, **how))
+                elif args.csv is not None:
+                    return fail(f"--csv is for claims of a grid of trainings, which '{claim.name}' isn't")
+                else:
+                    results.append(run_claim(claim, out, args.jobs, wandb=args.wandb, **how))
+            if len(results) > 1:
+                print(summary(results))
+        except ClaimError as error:
+            code = fail(str(error))
+            return 1 if isinstance(error, CellFailed) else code
+        except KeyboardInterrupt:  # the children have been ended
+            return 128 + (received[0] if received else signal.SIGINT)
     return 0

@@ -12,19 +12,18 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 
 from recipes._cli import HOME
 
 if TYPE_CHECKING:
-    from recipes._loggers import MetricsCSV
+    from recipes._loggers import MetricsCSV, Wandb
 
 log = logging.getLogger(__name__)
 #: Set while a run lasts, so that the ranks that Lightning's launcher starts use the first one's folder.
@@ -49,6 +48,7 @@ _NOISE = (
     r".*callbacks used to create the checkpoint need to be provided",  # what matters of it, the technique says itself
     r".*Trying to infer the `batch_size`",
     r".*pkg_resources is deprecated",
+    r"You're using the WeightAveraging callback with a model that overrides",  # where sharded, configure_model refuses
     r".*WeightAveraging callback, but loading a checkpoint outside the 'fit' stage",  # what it holds is the average
 )
 _OURS = ("recipes", "callbacks", "datamodules")
@@ -125,6 +125,18 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
+class _LogFile(logging.FileHandler):
+    """run.log. Where the disk is full, what can't be written there says nothing of its own."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @dataclass
 class Run:
     """One run of one recipe, and its folder ``<root>/<recipe>/<YYYYmmdd-HHMMSS>-<id>/``.
@@ -139,8 +151,10 @@ class Run:
     temporary: bool = False
     resumed: bool = False
     metrics: MetricsCSV | None = None
-    wandb: WandbLogger | None = None
+    wandb: Wandb | None = None
     offline: bool = True
+    #: Seconds for W&B's uploads at the end of a run.
+    patience: float = 60.0
     results: dict[str, float] = field(default_factory=dict)
     _handler: logging.Handler | None = None
 
@@ -163,7 +177,7 @@ class Run:
             os.environ[FOLDER_VARIABLE] = str(folder.resolve())
         if first and not temporary:
             (folder / "plots").mkdir(parents=True, exist_ok=True)
-            run._handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+            run._handler = _LogFile(folder / "run.log", encoding="utf-8")
             run._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
             for name in (*_OURS, *_LIGHTNING):
                 logging.getLogger(name).addHandler(run._handler)
@@ -186,13 +200,19 @@ class Run:
             n = 1
             while (kept := self.folder / f"config.{n}.yaml").exists():
                 n += 1
-            file.rename(kept)
-        file.write_text(text, encoding="utf-8")
+            os.link(file, kept)
+        whole = self.folder / "config.partial"  # a killed run must be found again by its config.yaml
+        whole.write_text(text, encoding="utf-8")
+        os.replace(whole, file)
 
-    def end(self) -> None:
-        """Close the logs; forget a temporary folder."""
-        if self.wandb is not None and self.wandb._experiment is not None:
-            self.wandb.experiment.finish()
+    def end(self, code: int = 0) -> None:
+        """Close the logs, within a bounded time; forget a temporary folder.
+
+        Args:
+            code: the exit code, for W&B.
+        """
+        if self.wandb is not None:
+            self.wandb.close(code, self.patience if code == 0 and not self.offline else 15.0)
         if self._handler is not None:
             for name in (*_OURS, *_LIGHTNING):
                 logging.getLogger(name).removeHandler(self._handler)
@@ -230,7 +250,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"  {name:{width}}  {value}" for name, value in rows)
 
 
-def _short(path: Path) -> str:
+def shown(path: Path) -> str:
     """Relative to where the user stands, if it lies below."""
     path = path.resolve()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
@@ -243,16 +263,15 @@ def report(run: Run) -> None:
     metrics = [(name, f"{value:.4f}") for name, value in sorted(run.results.items())]
     places = []
     if not run.temporary:
-        places.append(("run", _short(run.folder)))
+        places.append(("run", shown(run.folder)))
         for name in ("best.ckpt", "last.ckpt"):
             if (run.checkpoints / name).is_file():
-                places.append((name.removesuffix(".ckpt"), _short(run.checkpoints / name)))
+                places.append((name.removesuffix(".ckpt"), shown(run.checkpoints / name)))
         if any((run.folder / "plots").glob("*")):
-            places.append(("plots", _short(run.folder / "plots")))
+            places.append(("plots", shown(run.folder / "plots")))
         if run.wandb is not None and run.wandb._experiment is not None:
-            if run.offline:
-                folder = Path(run.wandb.experiment.dir).parent
-                places.append(("W&B", f"wandb sync {shlex.quote(_short(folder))}"))
+            if run.offline or run.wandb.off or run.wandb.moved:
+                places.append(("W&B", f"wandb sync {shlex.quote(shown(run.wandb.folder))}"))
             elif run.wandb.experiment.url:
                 places.append(("W&B", run.wandb.experiment.url))
     terminal = sys.stdout.isatty()

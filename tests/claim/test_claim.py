@@ -255,18 +255,18 @@ def test_seeds_are_given_by_commas_or_words(fake: Path, monkeypatch: pytest.Monk
 
 
 def test_a_child_that_hears_no_signal_is_ended(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_claim.Trainer, "grace", 0.5)
+    monkeypatch.setattr(_claim.Jobs, "grace", 0.5)
     arms = {"plain": _claim.Arm("fake", ["--deaf"]), "ours": _claim.Arm("fake", ["--deaf"])}
     deaf = _claim.cells(claim(arms=arms, seeds=[1]), fake / "out")
     trainer = _claim.Trainer(2, "test/acc", "v")
-    futures = [trainer.pool.submit(trainer.train, cell) for cell in deaf]
+    futures = [trainer.jobs.pool.submit(trainer.train, cell) for cell in deaf]
     outputs = [cell.folder / "output.txt" for cell in deaf]
     for _ in range(100):
         time.sleep(0.1)
         if all(file.is_file() and "deaf" in file.read_text() for file in outputs):
             break
     begun = time.monotonic()
-    trainer.stop()
+    trainer.jobs.stop()
     assert time.monotonic() - begun < 10  # they would sleep for a minute
     for future in futures:
         with pytest.raises(CellFailed, match="ended with -9"):

@@ -292,9 +292,7 @@ def test_wandb_can_be_off(cli: Run, monkeypatch: pytest.MonkeyPatch, mode: str) 
         ("off", {"WANDB_MODE": "online", "WANDB_API_KEY": "k"}, "off"),
     ],
 )
-def test_wandb_switch(
-    monkeypatch: pytest.MonkeyPatch, switch: str, environment: dict[str, str], expected: str
-) -> None:
+def test_wandb_switch(monkeypatch: pytest.MonkeyPatch, switch: str, environment: dict[str, str], expected: str) -> None:
     import recipes._loggers
 
     for name, value in environment.items():
