@@ -68,6 +68,8 @@ MEASURES = (
 LEAST_MARGIN = 1e-3
 #: Between which sigmas it is searched, and in how many halvings (of the logarithm).
 SIGMAS, HALVINGS = (1e-4, 1.0), 10
+#: How often a draw of noise, and the norms, go through vectors as long as the weights.
+SWEEPS = (4, 8)
 
 # ---------------------------------------------------------------------- of weights
 
@@ -316,7 +318,8 @@ class GeneralizationMeasures(Diagnostic):
                 log.info("%s: distances are from step %d, where it was added", self.name, trainer.global_step)
             self.start = {name: p.detach().cpu().clone() for name, p in trained.items()}
         passes = 2 + HALVINGS * self.draws  # of training and of validation once, and of training for sigma
-        most = self.affordable(trainer, self.wanted, passes)
+        sweeps = SWEEPS[0] * HALVINGS * self.draws + SWEEPS[1]
+        most = self.affordable(trainer, self.wanted, passes, sweeps)
         self._positions = {part: self.positions(trainer, part, most) for part in ("train", "val")}
         with self.measuring(module), torch.no_grad():  # what is missing is said now, not at the end
             for part, positions in self._positions.items():
