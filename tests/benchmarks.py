@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks``: what the loop and the techniques cost, as ratios measured side by side in one run.
+"""``python -m tests.benchmarks [TABLE]``: what loop and techniques cost, as ratios measured side by side in one run.
 
 Times are medians over pairs of steps that follow each other at once, with the quartiles of the ratio, so what else the
 machine does falls on both. Memory is what a whole step has allocated at its peak, beyond the weights and the momentum
@@ -514,10 +514,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a small network and few steps, to see that it works")
     parser.add_argument("--steps", type=int, default=30, help="pairs of steps for each row")
     parts = ("all", "loop", "adversarial", "prompts", "skips", "masks", "attention", "diagnostics", "data", "scaling")
-    parser.add_argument("table", nargs="?", choices=parts, help="which of the tables (all: all but data)")
-    parser.add_argument("--part", choices=parts, default="all", help="the same")
+    about = "which of the tables (all: all but data and scaling, which start processes of their own)"
+    parser.add_argument("part", nargs="?", choices=parts, default="all", help=about)
     args = parser.parse_args(argv)
-    args.part = args.table or args.part
     net, batch, size, n = ("resnet10t", 8, 32, 3) if args.quick else ("resnet18", 64, 64, args.steps)
     where = f"{net}, batch {batch}, {size}x{size}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     if args.part in ("all", "loop"):
@@ -570,7 +569,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{net}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
         with quiet():
             data_table(lambda: classifier(net, SIDE), batch, args.quick)
-    if args.part in ("all", "scaling"):
+    if args.part == "scaling":
         print(f"\n1 thread for each rank, torch {torch.__version__}")
         scaling_table(args.quick, 3 if args.quick else args.steps)
     return 0

@@ -24,6 +24,20 @@ def test_the_quick_benchmark_prints_every_row(capsys: pytest.CaptureFixture[str]
         assert all(0.02 < float(value) < 200 for value in re.findall(r"\d+\.\d+", row)), row
 
 
+def test_the_quick_benchmark_of_ranks_prints_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmarks.main(["scaling", "--quick"]) == 0
+    rows = [
+        line.split(" | ") for line in capsys.readouterr().out.splitlines() if re.match(r"\| (coprompt|scalelong)", line)
+    ]
+    assert len(rows) == 2
+    for _, step, ranks, trained, handed, sent in rows:
+        assert float(step.removesuffix(" ms")) > 0 and 0.02 < float(ranks.removesuffix(" x")) < 200
+        # DDP hands over each trained weight's gradient once, and of two ranks each sends half of it twice
+        assert f"gradients {trained}," in f"{handed}," and float(sent.split()[0]) == pytest.approx(
+            float(trained.split()[0]), rel=0.01
+        )
+
+
 def test_the_published_attention_is_that_of_ours() -> None:
     from tests.benchmark_skips import diffusion
 
