@@ -359,6 +359,7 @@ class Diagnostic(Callback):
         """Of how many examples, at most ``wanted``, each planned measurement may make ``passes`` forward passes.
 
         Where not even :data:`LEAST` examples can be paid at each, there are fewer measurements, though at least two.
+        To be called once: a second call, in a run that goes on, gives the first one's answer.
 
         Args:
             trainer: in a fit, when its plan is made.
@@ -463,7 +464,7 @@ class Diagnostic(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.steps = state_dict["history"], state_dict["steps"]
-        self.afforded = state_dict["afforded"]
+        self.afforded = state_dict.get("afforded")  # of an older version: worked out again
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_names(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it dynamically

@@ -40,6 +40,7 @@ from callbacks.diagnostic import (
 )
 from callbacks.perturbation import Batch, Perturbation, crafting, device_of, trained_weights
 from callbacks.report import new_figure
+from callbacks.sharded import needs_whole_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,6 +179,7 @@ class SGDNoiseInjection(Perturbation):
             return
         trainer = module.trainer
         weights = [p for p in module.parameters() if p.requires_grad]
+        needs_whole_weights(self, weights)
         with crafting(module, "train", parameters=True):  # the dropout that the step will draw
             losses = self._losses(module, batch)
             size, accumulated = len(losses) * self._world, trainer.accumulate_grad_batches

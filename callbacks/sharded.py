@@ -57,6 +57,11 @@ def _mesh(whole: DeviceMesh) -> DeviceMesh:
     return whole[long] if len(long) > 1 else whole[long[0]]
 
 
+def shards(module: LightningModule) -> bool:
+    """Whether a module trains under ``ModelParallelStrategy``. ``load_from_checkpoint`` has no trainer."""
+    return module._trainer is not None and isinstance(module.trainer.strategy, ModelParallelStrategy)
+
+
 def shard(module: LightningModule, blocks: Iterable[nn.Module], networks: Iterable[nn.Module] = ()) -> None:
     """Shard a network if its trainer's strategy is ``ModelParallelStrategy``, once; else do nothing.
 
@@ -68,9 +73,9 @@ def shard(module: LightningModule, blocks: Iterable[nn.Module], networks: Iterab
     Raises:
         ValueError: for callbacks that need whole weights.
     """
-    trainer = module.trainer
-    if not isinstance(trainer.strategy, ModelParallelStrategy) or is_sharded(module.parameters()):
+    if not shards(module) or is_sharded(module.parameters()):
         return
+    trainer = module.trainer
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it dynamically
         ours = type(callback).__module__.startswith("callbacks.")
         if isinstance(callback, WeightAveraging) or not getattr(callback, "works_sharded", not ours):
@@ -83,8 +88,10 @@ def shard(module: LightningModule, blocks: Iterable[nn.Module], networks: Iterab
         fully_shard(part, **options)
     for parameter in module.parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
-            with torch.no_grad():
-                dist.broadcast(parameter, 0)  # as DDP begins
+            with torch.no_grad():  # as DDP begins
+                first = parameter.to(trainer.strategy.root_device)  # the strategy moves it there only later
+                dist.broadcast(first, 0)
+                parameter.copy_(first)
             parameter.register_post_accumulate_grad_hook(functools.partial(_average, dist.get_world_size()))
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 #: Forward passes that a Hessian-vector product costs (a backward pass through a backward pass), and its beginning.
 PRODUCT, BEGINNING = 4, 3
 #: How often a product, its arithmetic with it, and a beginning go through vectors as long as the weights.
-SWEEPS = (14, 10)
+SWEEPS = (18, 10)
 
 # ---------------------------------------------------------------------- the mathematics
 

@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -164,7 +164,7 @@ def _claimed(part: Path, whole: Callable[[], Any]) -> BinaryIO | None:
                     there = part.exists() and os.path.samestat(part.stat(), os.fstat(opened.fileno()))
                     if whole() is not None:
                         if there:
-                            part.unlink()
+                            part.unlink(missing_ok=True)
                         opened.close()
                         return None
                     if there:  # else it was renamed or removed between the two lines
@@ -219,19 +219,23 @@ def _build(file: Path, whole: Callable[[], Any], count: int, size: tuple[int, in
             opened.write(bad.data)
             opened.flush()
             os.fsync(opened.fileno())
-            part.replace(file)
-            folder = os.open(file.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    finally:
+            part.replace(file)  # from here on that name may be another process's
+    except BaseException:
         part.unlink(missing_ok=True)  # while it is still ours
+        raise
+    finally:
         try:
             opened.close()
         except OSError:  # what it still held, a full disk doesn't take either
             pass
-    _name_old(file)
+    with suppress(OSError):  # the file is whole without it, too; or another process removed its own meanwhile
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    with suppress(OSError):
+        _name_old(file)
 
 
 def _name_old(file: Path) -> None:

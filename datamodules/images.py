@@ -236,7 +236,11 @@ class ImageSet(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Tensor]:
         draw = draw if isinstance(draw, tuple) else Draw(0, draw)
-        return {name: values[0] for name, values in self.__getitems__([draw]).items()}
+        bare, self.bare = self.bare, False  # a single example goes through no transfer
+        try:
+            return {name: values[0] for name, values in self.__getitems__([draw]).items()}
+        finally:
+            self.bare = bare
 
     def __getitems__(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """The batch of these draws; torch's loader calls this once a batch."""
@@ -416,7 +420,7 @@ class Augmentation:
         size = images.shape[-2:]
         windows = self._windows(u, *size)
         if images.device.type != "cpu":  # one by one, 64 images are 64 times the start of a kernel
-            return scaled(images, windows.to(images.device))
+            return scaled(images, windows.to(images.device, non_blocking=True))
         found = []  # one by one: from 64 pixels on that is faster than a grid for all, and it is what torchvision does
         for image, (left, top, right, bottom) in zip(images, windows.tolist(), strict=True):
             part = image[None, :, top:bottom, left:right]
@@ -427,7 +431,7 @@ class Augmentation:
         mirrored = u[:, 0] < 0.5
         if _one_by_one(images):
             return torch.stack([x.flip(-1) if flip else x for x, flip in zip(images, mirrored.tolist(), strict=True)])
-        return torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
+        return torch.where(mirrored.to(images.device, non_blocking=True).view(-1, 1, 1, 1), images.flip(-1), images)
 
     def _shifted(self, images: Tensor, u: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -440,7 +444,7 @@ class Augmentation:
             places = zip(padded, down.tolist(), right.tolist(), strict=True)
             return torch.stack([x[:, y : y + height, left : left + width] for x, y, left in places])
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (B, C, 2r+1, 2r+1, H, W)
-        where = torch.stack([torch.arange(len(images)), down, right]).to(images.device)
+        where = torch.stack([torch.arange(len(images)), down, right]).to(images.device, non_blocking=True)
         return windows[where[0], :, where[1], where[2]]
 
     def _own(self, image: Tensor, draw: Tensor) -> Tensor:
@@ -549,11 +553,12 @@ class ImageDataModule(PartsDataModule[ImageSet]):
         Not in ``on_after_batch_transfer``: there a recipe may draw, and Lightning calls the DataModule's hook or the
         recipe's, never both.
         """
-        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
         if not isinstance(batch, dict) or BARE not in batch:
-            return moved
-        epoch, image = int(batch[BARE]), moved.pop("image")
-        del moved[BARE]
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        epoch = int(batch[BARE])  # stays here: reading it from the device would wait for that
+        rest = {name: values for name, values in batch.items() if name != BARE}
+        moved = super().transfer_batch_to_device(rest, device, dataloader_idx)
+        image = moved.pop("image")
         if epoch < 0:
             views = {"image": image.float().div_(255)}
         else:

@@ -11,9 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +26,8 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+
+from tests.processes import ranks
 
 HOME = Path(__file__).parents[1]
 #: The core recipes' default configs, and what is changed in them here; the steps are the first ones.
@@ -150,32 +150,20 @@ def measure(recipes: Sequence[str], worlds: Sequence[int], steps: int, folder: P
     """
     found: dict[tuple[str, int], Any] = {}
     for world in worlds:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "NODE_RANK": "0"}
         command = [sys.executable, "-m", "tests.benchmark_scaling", str(folder), str(steps), *recipes]
-        ranks = []
-        for rank in range(world):
-            place = {"LOCAL_RANK": str(rank), "RANK": str(rank)} if world > 1 else {"LOCAL_RANK": "0"}
-            environment = {**os.environ, **(common if world > 1 else {"WORLD_SIZE": "1"}), **place}
-            environment["OMP_NUM_THREADS"] = "1"
-            with (folder / f"said-{world}-{rank}.txt").open("wb") as said:
-                ranks.append(subprocess.Popen(command, cwd=HOME, env=environment, stdout=said, stderr=said))
-        codes = [process.wait() for process in ranks]
-        if any(codes):
-            worst = next(rank for rank, code in enumerate(codes) if code)
-            said_last = (folder / f"said-{world}-{worst}.txt").read_text()[-600:]
-            raise RuntimeError(f"rank {worst} of {world} ended with {codes[worst]}: {said_last}")
+        for rank, end in enumerate(ranks(command, world, folder, 3600)):
+            if end.code:
+                raise RuntimeError(f"rank {rank} of {world} ended with {end.code}: {end.err[-600:]}")
         for recipe in recipes:
             found[recipe, world] = json.loads((folder / f"{recipe}-{world}-0.json").read_text())
     return found
 
 
 def on_the_wire(of: dict[str, float], world: int) -> float:
-    """Bytes that a rank sends in a step, of what it hands over: all-reduced around a ring, the rest as it is."""
+    """Bytes that a rank sends in a step, of what it hands over: reduced or gathered in a ring, the rest as it is."""
     ring = 2 * (world - 1) / world
-    return sum(count * (ring if kind in ("gradients", "all_reduce") else 1.0) for kind, count in of.items())
+    factor = {"gradients": ring, "all_reduce": ring, "all_gather": world - 1.0}
+    return sum(count * factor.get(kind, 1.0) for kind, count in of.items())
 
 
 # ---------------------------------------------------------------------- computed

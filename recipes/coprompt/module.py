@@ -27,7 +27,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -39,7 +38,7 @@ from callbacks.perturbation import (
     parameter_groups,
     run_seed,
 )
-from callbacks.sharded import shard
+from callbacks.sharded import shard, shards
 from recipes.classifier.module import DomainConfusion
 from recipes.clip import towers
 from recipes.coprompt.bank import encode, encode_once
@@ -362,7 +361,7 @@ class CoPrompt(LightningModule):
 
         What is trained is small and stays whole, as does what the towers have outside of their blocks.
         """
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if shards(self):
             self._fingerprint()  # while the weights are here
             self.strict_loading = False  # the frozen weights aren't in checkpoints
             towers_ = (towers.text_tower(self.clip), self.clip.visual, self.teacher)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def tree(root: Path, train: int = 12, rest: int = 4) -> Path:
     for part, count in (("train", train), ("val", rest), ("test", rest)):
         for name in ("a", "b"):
             for i in range(count // 2):
-                picture(root / part / name / f"{i}.jpg", hash((part, name, i)) % 2**32)
+                picture(root / part / name / f"{i}.jpg", zlib.crc32(f"{part}{name}{i}".encode()))
     return root
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -167,3 +168,22 @@ def test_images_moved_one_by_one_are_those_moved_at_once(
             patch.setattr("datamodules.images.LARGE", least)
             found.append(augment(images, 2, torch.arange(6)))
     assert torch.equal(*found) and torch.equal(augment(images, 2, torch.arange(6)), found[0])
+
+
+def test_nothing_of_it_is_made_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On torch's device without memory: an operation of images there with numbers of the CPU would raise."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which that device hasn't
+    images = torch.empty(6, 3, 32, 48, dtype=torch.uint8, device="meta")
+    for crop in (None, (0.1, 1.0)):
+        drawn = Augmentation(0, 6, True, 0.1, crop_scale=crop)(images, 0, torch.arange(6))
+        assert drawn.device.type == "meta" and drawn.shape == images.shape and drawn.dtype == torch.uint8
+
+
+def test_a_single_example_is_a_picture_whoever_draws() -> None:
+    data = There()
+    module = Watch()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    Trainer(accelerator="cpu", max_steps=1, **quiet).fit(module, datamodule=data)  # type: ignore[arg-type]
+    for part in ("train", "val"):
+        one = data.part(part)[3]
+        assert one["image"].dtype == torch.float32 and one["image"].shape == (3, 8, 8) and BARE not in one

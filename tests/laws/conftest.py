@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.processes import ranks
 
 Ranks = Callable[[str, str], Any]
 
@@ -20,22 +18,8 @@ Ranks = Callable[[str, str], Any]
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """``two_ranks(recipe, technique)``: per rank, the weights after each step, or the error as text."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    common["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-m", "tests.laws.ranks", str(folder)]
-    root = Path(__file__).parents[2]
-    running = [
-        subprocess.Popen(command, cwd=root, env={**common, "LOCAL_RANK": str(r), "RANK": str(r)}) for r in range(2)
-    ]
-    try:
-        for process in running:
-            assert process.wait(timeout=900) == 0
-    finally:
-        for process in running:
-            process.kill()
+    ends = ranks([sys.executable, "-m", "tests.laws.ranks", str(folder)], 2, folder, 1500)
+    assert [end.code for end in ends] == [0, 0], ends[0].err + ends[1].err
     results = [pickle.loads((folder / f"{r}.pkl").read_bytes()) for r in range(2)]
 
     def of(recipe: str, technique: str) -> Any:

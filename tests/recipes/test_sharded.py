@@ -6,9 +6,6 @@ Both ranks are started once and run all commands; the tests look at what came ou
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,10 @@ import pytest
 import torch
 
 from recipes._atomic import AtomicCheckpointIO
+from recipes.coprompt.module import CoPrompt
+from recipes.scalelong.module import Diffusion
+from tests.processes import ranks
 
-HOME = Path(__file__).parents[2]
 QUIET = ["--wandb", "off", "--trainer.enable_progress_bar", "false"]
 TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
 SHARDED = ["--trainer.strategy", "ModelParallelStrategy"]
@@ -82,21 +81,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]
     for recipe, verb, place, more in COMMANDS.values():
         given = [verb, *more, *QUIET, "--trainer.default_root_dir", str(root / place)]
         words.append([CLASSES[recipe], recipe, given])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    command = [sys.executable, "-c", RANK, json.dumps(words)]
-    ranks = []
-    for rank in ("0", "1"):
-        environment = {**common, "LOCAL_RANK": rank, "RANK": rank, "OMP_NUM_THREADS": "1"}
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        ranks.append(subprocess.Popen(command, cwd=HOME, env=environment, **pipes))
-    ends = [process.communicate(timeout=400) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], ends[0][1] + ends[1][1]
-    codes = [json.loads(out.splitlines()[-1]) for out, _ in ends]
+    ends = ranks([sys.executable, "-c", RANK, json.dumps(words)], 2, root, 600)
+    assert [end.code for end in ends] == [0, 0], ends[0].err + ends[1].err
+    codes = [json.loads(end.out.splitlines()[-1]) for end in ends]
     assert codes[0] == codes[1]
-    return root, dict(zip(COMMANDS, codes[0], strict=True)), ends[0][1]
+    return root, dict(zip(COMMANDS, codes[0], strict=True)), ends[0].err
 
 
 def last(root: Path, place: str, recipe: str) -> dict[str, Any]:
@@ -158,6 +147,15 @@ def test_steps_are_those_of_ddp(done: tuple[Path, dict[str, int], str], recipe: 
     """Techniques with parameters of their own, clipping and a monitor of all gradients included."""
     a, b = (last(done[0], place, recipe) for place in ("ddp", "sharded"))
     assert farthest(a, b) < 2e-6
+
+
+@pytest.mark.parametrize(("cls", "recipe"), [(Diffusion, "scalelong"), (CoPrompt, "coprompt")])
+def test_opens_without_a_trainer(done: tuple[Path, dict[str, int], str], cls: type[Any], recipe: str) -> None:
+    (file,) = (done[0] / "sharded" / recipe).glob("*/checkpoints/last.ckpt")
+    module = cls.load_from_checkpoint(file, map_location="cpu", weights_only=True)
+    saved = last(done[0], "sharded", recipe)["state_dict"]
+    weights = module.state_dict()
+    assert saved and all(torch.equal(weights[name], saved[name]) for name in saved if name in weights)
 
 
 @pytest.mark.parametrize("recipe", ["scalelong", "coprompt"])
