@@ -15,7 +15,6 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import signal
@@ -45,7 +44,7 @@ from recipes._claim_results import (
     verdict,
 )
 from recipes._cli import CONFIGS, HOME, fail
-from recipes._jobs import Jobs, interruptible, last_lines
+from recipes._jobs import Jobs, cores, interruptible, last_lines
 
 __all__ = ["Arm", "Claim", "ClaimError", "compare", "main", "read", "run_claim", "summary", "t_interval", "verdict"]
 #: A claim is stated for at least so many seeds; an early look (``--seeds``) may take fewer.
@@ -128,7 +127,9 @@ class Cell:
 
 
 #: What no number depends on.
-_UNRELATED = re.compile(r"claim(_.*)?\.yaml|sweep\.yaml|(_claim(_results)?|_measures|_jobs|_sweep)\.py")
+_UNRELATED = re.compile(
+    r"claim(_.*)?\.yaml|sweep\.yaml|_(claim(_results)?|measures|jobs|sweep|matrix|slurm|ranks|renamed)\.py"
+)
 
 
 def source_version() -> str:
@@ -376,7 +377,7 @@ def main(argv: list[str]) -> int:
     parser = _Parser(prog="python -m recipes claim", description="train the arms of a claim on paired seeds")
     parser.add_argument("recipe", nargs="?", help="whose claims, or recipe/part for one of several")
     parser.add_argument("--all", action="store_true", help="every recipe's, and one table of all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings side by side (default: cores)")
+    parser.add_argument("--jobs", type=int, default=cores(), help="trainings side by side (default: cores)")
     parser.add_argument("--seeds", type=_seeds, nargs="+", metavar="1,2,..", help="other seeds than the claim's")
     parser.add_argument("--report-only", action="store_true", help="train nothing, report what is trained")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="of a grid of trainings: judge this table's runs")

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from recipes._cli import HOME
@@ -23,7 +23,7 @@ class Jobs:
     """Runs commands side by side.
 
     Args:
-        jobs: how many at a time; they share the cores' threads.
+        jobs: how many at a time; they share our cores, unless the user has set OMP_NUM_THREADS.
     """
 
     #: Seconds that a command has to end by itself.
@@ -31,14 +31,17 @@ class Jobs:
 
     def __init__(self, jobs: int) -> None:
         self.pool = ThreadPoolExecutor(jobs)
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": python_path()}
+        # Inside a SLURM job (sbatch, salloc) each command is still a run of its own: SLURM's words for ranks that SLURM
+        # starts would mislead it.
+        given = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        threads = str(max(1, cores() // jobs))
+        self.environment = {"OMP_NUM_THREADS": threads, **given, "PYTHONPATH": python_path()}
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
         self._stopped = False
 
     def run(self, command: Sequence[str], output: Path, environment: Mapping[str, str] | None = None) -> int:
-        """Run one command to its end. What it says goes into the file ``output``.
+        """Run one command to its end. What it says is added to the file ``output``.
 
         Returns:
             Its exit code.
@@ -46,7 +49,7 @@ class Jobs:
         Raises:
             Stopped: where :meth:`stop` was called before it began.
         """
-        with output.open("w", encoding="utf-8") as opened:
+        with output.open("a", encoding="utf-8") as opened:
             with self._lock:
                 if self._stopped:
                     raise Stopped("stopped")
@@ -75,7 +78,11 @@ class Jobs:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:  # it leads its group and still lives, so the group is ours
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # or has ended just now
+                    if hasattr(os, "killpg"):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    else:  # Windows
+                        process.kill()
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -95,8 +102,9 @@ def interruptible() -> Iterator[list[int]]:
 
     # The children don't hear the terminal, so what it says to us must end them: SIGHUP, too, unless nohup ignores it.
     # (SIGINT may be ignored, too, where a shell started us in the background; who sends it then means it.)
-    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
-    signals = [signal.SIGINT, signal.SIGTERM, *hangup]
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+        signals.append(signal.SIGHUP)
     before = {signum: signal.signal(signum, end) for signum in signals}
     try:
         yield received
@@ -108,6 +116,11 @@ def interruptible() -> Iterator[list[int]]:
 def last_lines(output: Path, count: int = 3) -> str:
     """The last lines that a command said, in one."""
     return " / ".join(output.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-count:])
+
+
+def cores() -> int:
+    """How many cores are ours to use: a job on a cluster has its share of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def python_path() -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from recipes._cli import HOME, fail
-from recipes._jobs import interruptible, python_path
+from recipes._jobs import cores, interruptible, python_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -526,7 +526,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipes", metavar="A,B", help="these recipes (all)")
     parser.add_argument("--callbacks", metavar="X,Y", help="these callbacks (all); yours as my_module.MyTechnique")
     parser.add_argument("--pairs", action="store_true", help="also every two callbacks together")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time (one for each core)")
+    parser.add_argument("--jobs", type=int, default=cores(), help="processes at a time (one for each core)")
     parser.add_argument("--out", type=Path, default=Path("runs/matrix"), help="folder for the results (runs/matrix)")
     args = parser.parse_args(argv)
     if args.jobs < 1:

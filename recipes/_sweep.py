@@ -36,7 +36,7 @@ import yaml
 from recipes._claim import last_values, source_version
 from recipes._claim_results import ClaimError
 from recipes._cli import CONFIGS, fail
-from recipes._jobs import Jobs, Stopped, interruptible, last_lines
+from recipes._jobs import Jobs, cores, interruptible, last_lines
 
 #: Runs of a search at random, where neither the file (``run_cap``) nor the user says how many.
 RUNS = 20
@@ -126,9 +126,9 @@ def draw(name: str, spec: dict[str, Any], rng: random.Random) -> Any:
     """
     if "value" in spec:
         return spec["value"]
-    if "values" in spec:
-        return rng.choices(spec["values"], spec.get("probabilities"))[0]
     try:
+        if "values" in spec:
+            return rng.choices(spec["values"], spec.get("probabilities"))[0]
         whole = isinstance(spec.get("min"), int) and isinstance(spec.get("max"), int)
         kind = str(spec.get("distribution") or ("int_uniform" if whole else "uniform"))
         if kind in ("normal", "log_normal"):
@@ -146,7 +146,7 @@ def draw(name: str, spec: dict[str, Any], rng: random.Random) -> Any:
             return _short(math.exp(rng.uniform(low, high)))
         if kind == "log_uniform_values":
             return _short(math.exp(rng.uniform(math.log(low), math.log(high))))
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise SweepError(f"parameter '{name}' can't be drawn: {' '.join(str(error).split())} ({spec})") from error
     raise SweepError(f"parameter '{name}': the distribution '{kind}' is only known to W&B", "--on wandb")
 
@@ -171,7 +171,7 @@ def settings(sweep: Sweep, runs: int | None, seed: int) -> list[dict[str, Any]]:
         choices = []
         for name, spec in sweep.parameters.items():
             values = [spec["value"]] if "value" in spec else spec.get("values")
-            if not values:
+            if not isinstance(values, list) or not values:
                 raise SweepError(f"{sweep.file}: a grid takes values, and parameter '{name}' has none")
             choices.append(values)
         points = itertools.product(*choices)
@@ -243,6 +243,12 @@ class Trial:
         except (OSError, ValueError):  # not there, or cut off while it was written
             self.record = None
 
+    def begin(self) -> None:
+        """Forget an attempt that failed: what is stopped from now on is neither done nor failed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "trial.json").unlink(missing_ok=True)
+        self.record = None
+
     def end(self, code: int, seconds: float, version: str) -> None:
         """Write down how the run ended; one that a signal stopped leaves nothing, and goes on next time."""
         if code < 0 or code > 128:
@@ -287,7 +293,7 @@ def trials(sweep: Sweep, points: Sequence[dict[str, Any]], out: Path, further: S
 
 def train(trial: Trial, jobs: Jobs, version: str, environment: dict[str, str]) -> None:
     """Run one trial to its end, and write down what came out."""
-    trial.folder.mkdir(parents=True, exist_ok=True)
+    trial.begin()
     begun = time.monotonic()
     code = jobs.run(trial.resuming, trial.output, environment)
     trial.end(code, time.monotonic() - begun, version)
@@ -344,9 +350,6 @@ class OnCluster:
 
     def __call__(self) -> None:
         self.jobs = Jobs(1)
-        # The run is this job's only task, whose ranks, if several, Lightning starts itself: SLURM's words for ranks
-        # that SLURM starts would mislead it.
-        self.jobs.environment = {k: v for k, v in self.jobs.environment.items() if not k.startswith("SLURM_")}
         # SLURM sends the signal of preemption to all processes, and only this one knows what to do.
         trial = self.trial
         words = ["sh", "-c", "trap '' USR2; exec \"$@\"", "sh", *trial.resuming]
@@ -363,6 +366,7 @@ class OnCluster:
         """Called by submitit at preemption: the run saves ``last.ckpt``, and the requeued job goes on from it."""
         from submitit.helpers import DelayedSubmission
 
+        self.jobs.grace = 100.0  # of the 120 s that SLURM gives notice
         self.jobs.stop()
         return DelayedSubmission(OnCluster(self.trial, self.version, self.group))
 
@@ -394,9 +398,7 @@ def run_on_cluster(
         raise SweepError("SLURM's arrays need submitit", 'pip install "perturbation-recipes[slurm]"') from error
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise SweepError("there is no sbatch here: is this a login node of a SLURM cluster?", "--on local")
-    generic = submitit.AutoExecutor._typed_parameters()
-    given = {key if key in generic or "_" in key and key.startswith("slurm_") else f"slurm_{key}": value
-             for key, value in options.items()}  # fmt: skip
+    given = {f"slurm_{key.removeprefix('slurm_')}": value for key, value in options.items()}
     # A job that ran into its limit again and again went on each time.
     executor = submitit.AutoExecutor(folder, cluster, **{f"{cluster}_max_num_timeout": 1000})
     try:
@@ -406,7 +408,7 @@ def run_on_cluster(
         raise SweepError(f"--slurm: {' '.join(str(error).split())[:300]}") from error
     version = source_version()
     for trial in wanted:
-        (trial.folder / "trial.json").unlink(missing_ok=True)  # of an attempt that failed
+        trial.begin()  # before its job does, so that an attempt that failed isn't taken for its end
     try:
         jobs = executor.submit_array([OnCluster(trial, version, group) for trial in wanted])
     except Exception as error:  # what sbatch said
@@ -427,7 +429,7 @@ def run_on_cluster(
             time.sleep(1.0)
     finally:
         for job, _ in left:
-            job.cancel()
+            job.cancel(check=False)  # one that scancel knows no more keeps none of the others running
 
 
 def run_one(trial: Trial, group: str) -> int:
@@ -439,17 +441,34 @@ def run_one(trial: Trial, group: str) -> int:
     if trial.record and not trial.failed:
         print(f"done already: {trial.folder}")
         return 0
-    trial.folder.mkdir(parents=True, exist_ok=True)
+    trial.begin()
     begun = time.monotonic()
     environment = {**os.environ, "WANDB_RUN_GROUP": group}
-    process = subprocess.Popen(
-        trial.resuming, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    assert process.stdout is not None
+    process: subprocess.Popen[str] | None = None
+    early: list[int] = []
+
+    def pass_on(signum: int, frame: object) -> None:
+        if process is None:
+            early.append(signum)
+        else:
+            process.send_signal(signum)
+
     # The run saves, and asks to be requeued; we wait for it. (A signal that comes twice at one moment counts once.)
-    for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda signum, _: process.send_signal(signum))
-    with trial.output.open("w", encoding="utf-8") as output:
+    for name in ("SIGUSR1", "SIGTERM", "SIGINT"):
+        if hasattr(signal, name):  # Windows lacks the first
+            signal.signal(getattr(signal, name), pass_on)
+    process = subprocess.Popen(
+        trial.resuming,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+    )
+    for signum in early:
+        process.send_signal(signum)
+    assert process.stdout is not None
+    with trial.output.open("a", encoding="utf-8") as output:
         for line in process.stdout:
             sys.stdout.write(line)
             sys.stdout.flush()
@@ -457,7 +476,8 @@ def run_one(trial: Trial, group: str) -> int:
     code = process.wait()
     trial.end(code, time.monotonic() - begun, source_version())
     if trial.failed and not code:
-        return fail(str(trial.record["error"])) // 2  # type: ignore[index]
+        fail(str(trial.record["error"]))  # type: ignore[index]
+        return 1
     return code if code >= 0 else 128 - code
 
 
@@ -479,6 +499,7 @@ def run_by_wandb(sweep: Sweep, agents: int, runs: int | None, out: Path) -> int:
         made = wandb.sweep(sweep.content, project=project)
     except Exception as error:
         raise SweepError(f"W&B didn't take the sweep: {' '.join(str(error).split())[:300]}") from error
+    agents = min(agents, runs or agents)  # `--count 0` would mean: without end
     jobs = Jobs(agents)
     # The file says `python`: let it be ours. An agent passes on what ends it, so that no run is left behind.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -638,6 +659,8 @@ def run(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
+    if args.slurm and args.on != "slurm":
+        raise SweepError("--slurm says what each job of --on slurm asks for", "add --on slurm, or leave --slurm out")
     sweep = read(find(args.sweep))
     out = args.out or Path("runs/sweeps") / sweep.name
     group = f"sweep-{out.resolve().name}"
@@ -665,7 +688,7 @@ def run(args: argparse.Namespace) -> int:
                 folder = out.resolve() / "submitit"
                 run_on_cluster(wanted, args.jobs, group, progress, folder=folder, options=dict(args.slurm))
             else:
-                workers = args.jobs or len(graphics_cards()) or os.cpu_count() or 1
+                workers = args.jobs or len(graphics_cards()) or cores()
                 run_here(wanted, min(workers, len(wanted)), group, progress)
     report(sweep, every, out, say)
     return int(any(trial.record is None or trial.failed for trial in every))
@@ -678,7 +701,9 @@ def main(argv: list[str]) -> int:
             return run(_arguments(argv))
         except SweepError as error:
             return fail(str(error), *filter(None, [error.hint]))
-        except (KeyboardInterrupt, Stopped):  # the children have been ended
+        except OSError as error:  # such as a folder that can't be made
+            return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        except KeyboardInterrupt:  # the children have been ended
             say = "stopped; the same command goes on with what's missing"
             sys.stderr.write(f"\n{say}\n")
             return 128 + (received[0] if received else signal.SIGINT)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fake_slurm import calls, install
 
 from recipes import _sweep
 from recipes._cli import CONFIGS, run
+from recipes._jobs import Jobs
 from recipes._sweep import main, read, settings
 
 #: Instead of a training: writes what a run writes, fails or waits as it's told, and notes that it was started.
@@ -35,9 +37,15 @@ with open(pathlib.Path(__file__).with_name("started"), "a") as started:
           "SLURM_NTASKS" in os.environ, "again" if saved.exists() else "afresh",
           os.getpid(), os.getppid(), file=started)
 def stop(*_):
+    time.sleep(float(os.environ.get("SAVING", 0)))
     saved.touch()
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
+if x == os.environ.get("KILLED"):
+    os.kill(os.getpid(), 9)
+if x == os.environ.get("NOISY"):
+    print("no text:", flush=True)
+    sys.stdout.buffer.write(bytes([255, 10]))
 if x == os.environ.get("BAD"):
     sys.exit("error: it broke")
 if x == os.environ.get("SLOW") and not saved.exists():
@@ -186,6 +194,32 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(
     assert main(words) == 0 and [line[0] for line in started(tmp_path)] == ["1", "3", "2", "1"]
 
 
+def test_a_run_that_is_killed_when_tried_again_shows_no_old_error(
+    sweep: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(sweep()), "--jobs", "1", "--out", "here", "--runs", "1"]
+    monkeypatch.setenv("BAD", "1")
+    assert main(words) == 1 and "it broke" in rows(tmp_path / "here")[0]["state"]
+    monkeypatch.setenv("KILLED", "1")
+    assert main(words) == 1 and len(started(tmp_path)) == 2
+    (row,) = rows(tmp_path / "here")
+    assert row["state"] == "not run"
+    assert "it broke" in (Path(row["folder"]) / "output.txt").read_text()  # what an earlier try said is kept
+
+
+def test_one_run_in_the_foreground_may_say_anything(
+    sweep: Callable[..., Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOISY", "1")
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert main([str(sweep(metric={"name": "val/f1"})), "--trial", "0"]) == 1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    said = capfd.readouterr()
+    assert "no text:\n\ufffd\n" in said.out and "error: no 'val/f1' in" in said.err
+
+
 def test_a_metric_that_is_not_logged_is_a_failure(
     sweep: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,11 +237,20 @@ def test_a_metric_that_is_not_logged_is_a_failure(
         ({"parameters": {"x": {"parameters": {"y": {"value": 1}}}}}, [], "--on wandb"),
         ({"method": "random", "parameters": {"x": {"distribution": "beta", "min": 0, "max": 1}}}, [], "'beta'"),
         ({"method": "random", "parameters": {"x": {"min": 0.5}}}, [], "parameter 'x' can't be drawn: 'max'"),
+        ({"method": "random", "parameters": {"x": {"values": []}}}, [], "parameter 'x' can't be drawn"),
+        (
+            {"method": "random", "parameters": {"x": {"values": [1, 2], "probabilities": [1.0]}}},
+            [],
+            "parameter 'x' can't be drawn",
+        ),
+        ({"parameters": {"x": {"values": 3}}}, [], "a grid takes values"),
         ({"command": ["python", "${args_json}"]}, [], "only W&B's agent knows ${args_json}"),
         ({}, ["--trial", "3"], "there is no run 3: the sweep has 3, from 0 to 2"),
         ({}, ["--jobs", "0"], "expected a number of at least 1"),
         ({}, ["--on", "moon"], "invalid choice: 'moon'"),
+        ({}, ["--out", "fake.py/x", "--runs", "1"], "fake.py/x"),
         ({}, ["--slurm", "partition"], "expected KEY=VALUE"),
+        ({}, ["--slurm", "partition=gpu"], "add --on slurm"),
         ({}, ["--on", "wandb", "--", "--x", "1"], "W&B's agent runs the file as it is"),
         ({}, ["--on", "wandb"], "W&B's server is needed for this: no API key"),
         ({}, ["--on", "slurm"], "there is no sbatch here"),
@@ -278,10 +321,20 @@ def test_each_run_has_a_graphics_card_of_its_own(
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
     assert main([str(sweep())]) == 0
-    assert {line[2] for line in started(tmp_path)[:2]} == {"0", "1"}
+    assert {line[2] for line in started(tmp_path)} == {"0", "1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert main([str(sweep()), "--out", "other"]) == 0
     assert {line[2] for line in started(tmp_path)[3:]} == {"3"}
+
+
+def test_runs_here_share_our_cores_and_are_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))  # of a node with more
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    environment = Jobs(2).environment
+    assert environment["OMP_NUM_THREADS"] == "3" and "SLURM_NTASKS" not in environment
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert Jobs(2).environment["OMP_NUM_THREADS"] == "5"
 
 
 def test_runs_as_an_array_of_slurm_jobs(
@@ -340,6 +393,45 @@ def test_preempted_job_of_submitit_saves_and_goes_on(
     assert ended == every and every[0].value == 0.3
 
 
+def test_preempted_run_has_more_time_to_save_than_one_that_is_stopped(
+    sweep: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(Jobs, "grace", 0.1)
+    monkeypatch.setenv("SLOW", "3")
+    monkeypatch.setenv("SAVING", "0.5")
+    (trial,) = _sweep.trials(read(sweep()), [{"x": 3, "model.y": "b"}], tmp_path / "out", [])
+    job = _sweep.OnCluster(trial, "v", "group")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(job)
+        while not started(tmp_path):
+            time.sleep(0.05)
+        time.sleep(0.2)  # its handler is there
+        job.checkpoint()
+        running.result(timeout=30)
+    assert (trial.folder / "saved").exists()
+
+
+def test_scancel_that_fails_keeps_no_other_job_running(
+    sweep: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", f"{install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
+    scancel = tmp_path / "slurm" / "bin" / "scancel"
+    scancel.write_text(f"{scancel.read_text().replace('exec ', '')}exit 1\n")
+    every = [{"x": x, "model.y": "b"} for x in (3, 1, 2)]
+
+    def interrupted(trial: _sweep.Trial) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _sweep.run_on_cluster(
+            _sweep.trials(read(sweep()), every, tmp_path / "out", []),
+            None, "group", interrupted, folder=tmp_path / "submitit", options={},
+        )  # fmt: skip
+    assert len(calls(tmp_path / "slurm", "scancel")) == 2
+
+
 def test_wandbs_agent_gets_the_very_same_file(
     sweep: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,6 +453,8 @@ def test_wandbs_agent_gets_the_very_same_file(
     found = sorted((tmp_path / "agents").read_text().splitlines())
     start = "perturbation-recipes -m wandb agent --forward-signals --count"
     assert found == [f"{start} 2 abc123", f"{start} 3 abc123"]
+    assert main([str(file), "--on", "wandb", "--jobs", "4", "--runs", "2"]) == 0  # no agent without a count
+    assert (tmp_path / "agents").read_text().splitlines()[2:] == [f"{start} 1 abc123"] * 2
     monkeypatch.setenv("CODE", "4")
     assert main([str(file), "--on", "wandb"]) == 1
     assert "an agent ended with 4: gone wrong" in capsys.readouterr().err
