@@ -8,6 +8,7 @@ import functools
 import importlib
 import logging
 import pkgutil
+import re
 import signal
 import subprocess
 import sys
@@ -26,11 +27,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from recipes import _checkpoints, _errors, _renamed, _slurm
-from recipes._atomic import AtomicTrainer, full_disk
+from recipes._atomic import AtomicTrainer
 from recipes._cli import CONFIGS, fail
 from recipes._loggers import MetricsCSV, start_wandb
 from recipes._progress import Progress
-from recipes._ranks import Ranks, Verdict, launched
+from recipes._ranks import Ranks, Verdict, launched, verdict_of
 from recipes._run import Run, SharedFolder, git_commit, quiet, rank, report, started_by_us
 from recipes._stop import Interrupted, LastCheckpoint, Signals, SignalsInForce
 
@@ -306,6 +307,9 @@ class RecipeCLI(LightningCLI):
             config["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
         if isinstance(config["strategy"], ModelParallelStrategy):
             self._check_sharding()
+        if found := re.match(r"(\w+?)_(spawn|fork|notebook)", str(config["strategy"])):
+            wanted = str(config["strategy"]).replace(found[0], found[1], 1)
+            raise ValueError(f"{found[0]} can't start the ranks of a recipe: use --trainer.strategy {wanted}")
         settings = self._settings()
         dry = bool(config["fast_dev_run"])
         resume = self._saved.run_folder if self._saved is not None and self._verb == "fit" and not dry else None
@@ -325,7 +329,10 @@ class RecipeCLI(LightningCLI):
             run.metrics = MetricsCSV(run.folder)
             wandb = start_wandb(run, settings.get("wandb") or "off", settings)
             config["logger"] = [run.metrics] + ([wandb] if wandb is not None else [])
-        self.ranks = Ranks(self._signals, functools.partial(_end_now, self))
+        # Each rank has looked for it itself, and what a node sees of a shared folder may be some seconds old.
+        saved = self._saved
+        begins = f"begins with {saved.file} of step {saved.step}" if saved is not None else "begins with no checkpoint"
+        self.ranks = Ranks(self._signals, functools.partial(_end_now, self), begins)
         config["callbacks"] = self._callbacks(config, run, settings, dry)
         trainer = AtomicTrainer(**config)
         self.ranks.follow(trainer)
@@ -552,9 +559,14 @@ def execute(model: str, name: str, verb: str, argv: list[str], *, debug: bool = 
         except Exception as error:
             if debug:
                 traceback.print_exception(error)
-            code = _failed(cli, full_disk(error) or error)
+            code = _failed(cli, error)
         finally:
-            _end(cli, code)
+            try:
+                code = _end(cli, code)
+            except Interrupted as stop:  # no second one comes
+                code = _end(cli, stop.code)
+    if code:
+        finished = None
     return code
 
 
@@ -563,7 +575,7 @@ def _interrupted(cli: RecipeCLI, stop: Interrupted, name: str) -> int:
     if verdict is not None and verdict.weight > 0:  # a launcher that saw another rank fail has sent the signal
         return _said(cli, verdict)
     trainer = getattr(cli, "trainer", None)
-    requeue = stop.signum == signal.SIGUSR1
+    requeue = stop.signum == getattr(signal, "SIGUSR1", None)
     if rank() != 0:
         # Lightning kills the first rank when one that it started ends with another code than 0, and srun may do so
         # (--kill-on-bad-exit) before the first rank has asked for the requeue.
@@ -589,29 +601,26 @@ def _requeue(cli: RecipeCLI) -> None:
         return
     if cli.ranks is not None:  # no other rank waits for what SLURM says
         cli.ranks.end()
+    if run is not None and run.wandb is not None:  # SLURM ends W&B's process, too, with what it hasn't written
+        run.wandb.close(128 + signal.SIGUSR1, 15.0)
     _slurm.requeue()
 
 
 def _failed(cli: RecipeCLI, error: Exception) -> int:
+    own = verdict_of(rank(), error)
     if cli.ranks is not None and cli.ranks.connected:
-        cli.ranks.tell(error)
+        cli.ranks.tell(own)
         verdict = cli.ranks.agreed()
         if verdict is not None:
             return _said(cli, verdict)
-    run = cli.run_folder
-    message, hints = _errors.describe(error)
-    log.error("%s: %s", type(error).__name__, message, exc_info=error, extra={"console": False})
-    if started_by_us() and run is not None and _said_by_first_rank(run, message):
-        return 2 if _errors.is_bad_input(error) else 1
-    own = _errors.is_bad_input(error) and bool(hints or _errors.raised_here(error))
-    line = message if _errors.is_bad_input(error) else f"{type(error).__name__}: {message}"
-    fail(f"{line}{f' (rank {rank()})' if rank() else ''}", *hints, *([] if own else [_where(cli)]))
-    return 2 if _errors.is_bad_input(error) else 1
+    if not (started_by_us() and cli.run_folder is not None and _said_by_first_rank(cli.run_folder, own.line)):
+        _say(cli, own)
+    return own.code
 
 
 def _where(cli: RecipeCLI) -> str:
     run = cli.run_folder
-    logged = run is not None and not run.temporary and run.folder.is_dir()
+    logged = run is not None and not run.temporary and run.folder.is_dir() and rank() == 0
     return f"the traceback is in {run.folder / 'run.log'}" if run and logged else "--debug shows the traceback"
 
 
@@ -619,10 +628,14 @@ def _said(cli: RecipeCLI, verdict: Verdict) -> int:
     """Say, in one rank and once, why all of them end."""
     assert cli.ranks is not None
     if cli.ranks.says(verdict):
-        log.error("rank %d: %s\n%s", verdict.rank, verdict.line, verdict.trace, extra={"console": False})
-        who = f" (rank {verdict.rank})" if verdict.rank and verdict.trace else ""
-        fail(f"{verdict.line}{who}", *verdict.hints, *([_where(cli)] if verdict.trace and not verdict.plain else []))
+        _say(cli, verdict)
     return verdict.code
+
+
+def _say(cli: RecipeCLI, verdict: Verdict) -> None:
+    log.error("rank %d: %s\n%s", verdict.rank, verdict.line, verdict.trace, extra={"console": False})
+    who = f" (rank {verdict.rank})" if verdict.rank and verdict.trace else ""
+    fail(f"{verdict.line}{who}", *verdict.hints, *([_where(cli)] if verdict.trace and not verdict.plain else []))
 
 
 def _end_now(cli: RecipeCLI, verdict: Verdict) -> None:
@@ -649,15 +662,28 @@ def _said_by_first_rank(run: Run, message: str, seconds: float = 2.0) -> bool:
     return False
 
 
-def _end(cli: RecipeCLI, code: int) -> None:
-    """Leave nothing running: the ranks that Lightning started, W&B, the log file."""
-    if cli.ranks is not None:
-        cli.ranks.end()
-    launcher = getattr(getattr(getattr(cli, "trainer", None), "strategy", None), "launcher", None)
-    for process in getattr(launcher, "procs", []):
+def _end(cli: RecipeCLI, code: int) -> int:
+    """Leave nothing running: the ranks that Lightning started, W&B, the log file.
+
+    Returns:
+        The exit code: also of a run that ended well here, but not in another of its ranks.
+    """
+    told = cli.ranks.end() if cli.ranks is not None else None
+    if told is not None and told.code < 128 and (code == 0 or told.weight > 0):
+        code = _said(cli, told)
+    strategy: Any = getattr(getattr(cli, "trainer", None), "strategy", None)
+    well = code == 0
+    for number, process in enumerate(getattr(getattr(strategy, "launcher", None), "procs", []), 1):
         try:
-            process.wait(30 if code == 0 else 3)  # after an error it may be stuck, waiting for this rank
+            ended = process.wait(30 if well else 3)  # after an error it may be stuck, waiting for this rank
+            problem = f"ended with {ended}" if ended not in (0, 1, 2) else ""  # 1 and 2: it has said why
         except subprocess.TimeoutExpired:
             process.kill()
+            ended, problem = 1, "still ran half a minute later, and was killed"
+        if well and ended:
+            code = 1
+            if problem:
+                fail(f"the first rank ended well, but rank {strategy.global_rank + number} {problem}")
     if cli.run_folder is not None:
         cli.run_folder.end(code)
+    return code

@@ -31,21 +31,21 @@ class NotWritten(OSError):
 
 
 def _partial(file: Path) -> Path:
-    """A new name in the same folder: a rename is one step only within a file system. It doesn't begin as the file's
-    own name does, by whose digits Lightning counts the checkpoints of SLURM's requeues."""
+    """A new name in the same folder: a rename is one step only within a file system."""
     return file.with_name(f"{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
 
 
 def _to_disk(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        opened = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
     except OSError:
         if path.is_file():
-            raise  # that of a folder isn't possible on every file system
-    finally:
-        os.close(opened)
+            raise  # that of a folder isn't possible on every file system, nor on Windows
 
 
 def _remove(path: Path) -> None:
@@ -66,17 +66,16 @@ def put_in_place(new: Path, place: Path) -> None:
     _remove(before)
 
 
-def remove_partial(*folders: Path) -> None:
-    """Remove what a run that was killed in the middle of writing a checkpoint left in these folders."""
-    for folder in folders:
-        for left in folder.glob(f"*{PARTIAL}"):
-            _remove(left)
-        for before in folder.glob(f"*{BEFORE}"):
-            place = before.with_name(before.name.removesuffix(BEFORE))
-            if place.exists():
-                _remove(before)
-            else:
-                os.replace(before, place)
+def remove_partial(folder: Path) -> None:
+    """Remove what a run that was killed in the middle of writing a checkpoint left in this folder."""
+    for left in folder.glob(f"*{PARTIAL}"):
+        _remove(left)
+    for before in folder.glob(f"*{BEFORE}"):
+        place = before.with_name(before.name.removesuffix(BEFORE))
+        if place.exists():
+            _remove(before)
+        else:
+            os.replace(before, place)
 
 
 def _bytes_of(value: Any) -> int:
@@ -100,12 +99,30 @@ def _reason(error: BaseException) -> OSError | None:
     while seen is not None:
         if isinstance(seen, OSError):
             return seen
+        for failure, _ in getattr(seen, "failures", {}).values():  # of each rank, where torch wrote shards
+            if (reason := _reason(failure)) is not None:
+                return reason
         seen = seen.__cause__ or seen.__context__
     return None
 
 
-def full_disk(error: BaseException | None) -> NotWritten | None:
-    """The checkpoint that wasn't written, below an error that came of it: on a full disk nothing else is, either."""
+def _complaint(error: BaseException, place: Path, needed: int = 0) -> NotWritten | None:
+    """What is said of a checkpoint that the operating system didn't let be written; None for any other error."""
+    # torch's of shards is none of Exception; a signal's isn't one of writing, whatever it came upon
+    reason = _reason(error) if isinstance(error, Exception) or hasattr(error, "failures") else None
+    if reason is None:
+        return None
+    takes = f"it takes {_size(needed)}, " if needed else ""
+    free = shutil.disk_usage(place.parent).free
+    return NotWritten(
+        f"{place} can't be written: {(reason.strerror or str(reason)).lower()} ({takes}"
+        f"{_size(free)} are free there{'; the one before is kept' if place.exists() else ''})",
+        "make room or set a quota right, then go on with: fit --ckpt_path last?",
+    )
+
+
+def not_written(error: BaseException | None) -> NotWritten | None:
+    """The checkpoint that wasn't written, below an error that came of it: on a full disk, say, nothing else is."""
     while error is not None and not isinstance(error, NotWritten):
         error = error.__context__
     return error
@@ -124,15 +141,10 @@ def writing(place: Path, needed: int) -> Iterator[Path]:
         put_in_place(partial, place)
     except BaseException as error:
         _remove(partial)
-        reason = _reason(error) if isinstance(error, Exception) else None
-        if reason is None:
+        said = _complaint(error, place, needed)
+        if said is None:
             raise
-        free = shutil.disk_usage(place.parent).free
-        raise NotWritten(
-            f"{place} can't be written: {(reason.strerror or str(reason)).lower()} (it takes {_size(needed)}, "
-            f"{_size(free)} are free there{'; the one before is kept' if place.exists() else ''})",
-            "make room or set a quota right, then go on with: fit --ckpt_path last?",
-        ) from error
+        raise said from error
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], None], needed: int = 0) -> None:
@@ -203,12 +215,16 @@ class AtomicTrainer(Trainer):
         partial = Path(self.strategy.broadcast(str(_partial(place))))
         try:
             super().save_checkpoint(partial, weights_only, storage_options)
-        except BaseException:
-            _remove(partial)
-            raise
-        self.strategy.barrier("checkpoint")
-        if self.is_global_zero:
-            for file in partial.rglob("*"):
-                _to_disk(file)
-            put_in_place(partial, place)
+            self.strategy.barrier("checkpoint")
+            if self.is_global_zero:
+                for file in partial.rglob("*"):
+                    _to_disk(file)
+                put_in_place(partial, place)
+        except BaseException as error:
+            if self.is_global_zero:  # another rank may still write: what is left of it goes at the next start
+                _remove(partial)
+            said = _complaint(error, place)
+            if said is None:
+                raise
+            raise said from error
         self.strategy.barrier("checkpoint")

@@ -51,12 +51,9 @@ class Saved:
     def run_folder(self) -> Path | None:
         """The folder of the run it belongs to, if it is that run's last state: resuming goes on in that folder."""
         own = self.file.name.removesuffix(BEFORE) == "last.ckpt" or self.warning
-        if own and self.file.parent.name == "checkpoints":
-            folder = self.file.parent.parent
-        elif self.file.name.startswith("hpc_ckpt_"):  # Lightning's own, at SLURM's requeue signal
-            folder = self.file.parent
-        else:
+        if not own or self.file.parent.name != "checkpoints":
             return None
+        folder = self.file.parent.parent
         return folder if (folder / "config.yaml").is_file() else None
 
 
@@ -85,10 +82,6 @@ def _best_of(run: Path) -> Path | None:
     return _newest(kept)
 
 
-def _lasts(runs: Path) -> list[Path]:
-    return [*_present(runs, "*/checkpoints/last.ckpt"), *_present(runs, "*/hpc_ckpt_*.ckpt")]
-
-
 def find(wanted: str, root: Path, recipe: str) -> Path | None:
     """What ``--ckpt_path`` means: a file, or the folder of a checkpoint in shards.
 
@@ -105,7 +98,7 @@ def find(wanted: str, root: Path, recipe: str) -> Path | None:
     """
     runs = root / recipe
     if wanted in ("last", "last?"):
-        file = _newest(_lasts(runs))
+        file = _newest(_present(runs, "*/checkpoints/last.ckpt"))
     elif wanted == "best":
         newest = _newest(_present(runs, "*/checkpoints/best*.ckpt"))
         file = _best_of(newest.parent.parent) if newest else None
@@ -133,9 +126,8 @@ def find_and_read(wanted: str, root: Path, recipe: str, model: type, dotted: str
     except Damaged as damaged:
         if wanted not in ("last", "last?"):
             raise
-        run = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-        others = [f for f in _lasts(run.parent) if f.is_relative_to(run)] + _present(run / "checkpoints", "best*.ckpt")
-        for other in sorted({*others} - {file}, key=lambda f: f.stat().st_mtime_ns, reverse=True):
+        others = _present(file.parent, "best*.ckpt")
+        for other in sorted(others, key=lambda f: f.stat().st_mtime_ns, reverse=True):
             try:
                 saved = read(other, model, dotted, verb)
             except Damaged:
@@ -196,6 +188,8 @@ def _check_shards(folder: Path) -> None:
     for index, place in listing.storage_data.items():
         if type(listing.state_dict_metadata[index.fqn]).__name__ != "BytesStorageMetadata":
             continue
+        if getattr(place, "transform_descriptors", None):  # torch would undo them before it unpickles
+            raise CheckpointError(f"{folder} can't be checked before it is opened: its entries are compressed")
         with (folder / place.relative_path).open("rb") as opened:
             opened.seek(place.offset)
             torch.load(io.BytesIO(opened.read(place.length)), weights_only=True, map_location="cpu")
@@ -231,6 +225,8 @@ def _load(file: Path) -> dict[str, Any]:
             f"{file} holds objects that torch will not load safely ({found[1]}): they could run code",
             "keep to numbers, strings, lists, dicts and tensors in save_hyperparameters() and state_dict()",
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:
         raise Damaged(file, str(error) if type(error) is EOFError and str(error) else type(error).__name__) from error
     if not isinstance(checkpoint, dict) or not (sharded or "state_dict" in checkpoint):

@@ -8,8 +8,9 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -198,8 +199,9 @@ class Wandb(WandbLogger):
     """Lightning's logger, served by a thread: training neither waits for W&B nor ends with it.
 
     What is logged goes into a queue, in order. Where W&B's process is lost, so is what it hadn't written (it writes
-    late: all of a short run). Then the numbers are written anew, offline, under the same id, and logging goes on there.
-    Where that fails, too, or W&B doesn't empty the queue, it is switched off; both are said in one line.
+    late: all of a short run). Then the numbers of the newest :attr:`again` entries are written anew, offline, under the
+    same id, and logging goes on there. Where that fails, too, or W&B doesn't empty the queue, it is switched off; both
+    are said in one line. A picture or table that W&B doesn't take is left out, which is said once.
 
     Args:
         arguments: those of Lightning's.
@@ -209,6 +211,8 @@ class Wandb(WandbLogger):
 
     #: Logged entries that may wait; at ten steps an entry these are tens of thousands of steps.
     most = 5000
+    #: Logged entries whose numbers are kept, to be written anew: more than W&B holds back.
+    again = 10_000
 
     def __init__(self, keep: Path, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -217,7 +221,8 @@ class Wandb(WandbLogger):
         self._keep = keep
         self._step = int(keep.read_text() or -1) if keep.is_file() else -1
         self._config: dict[str, Any] = {}
-        self._numbers: list[tuple[int, dict[str, float]]] = []  # all that was logged, to be written anew
+        self._numbers: deque[tuple[int, dict[str, float]]] = deque(maxlen=self.again)
+        self._left_out = False
         self._queue: queue.Queue[Callable[[], Any] | None] = queue.Queue(self.most)
         self._thread = threading.Thread(target=self._serve, name="W&B", daemon=True)
 
@@ -247,15 +252,30 @@ class Wandb(WandbLogger):
         def call() -> None:
             self._step += 1
             numbers = {key: value for key, value in data.items() if isinstance(value, (int, float))}
-            self._numbers += [(self._step, numbers)] if numbers else []
-            self._experiment.log(dict(data), **{"step": self._step, **arguments})  # type: ignore[union-attr]
-            self._keep.write_text(str(self._step))
+            if numbers and not self.moved:
+                self._numbers.append((self._step, numbers))
+            given = {"step": self._step, **arguments}
+            try:
+                self._experiment.log(dict(data), **given)  # type: ignore[union-attr]
+            except Exception as error:
+                if len(numbers) == len(data):
+                    raise
+                self._experiment.log(numbers, **given)  # type: ignore[union-attr]  # where W&B is lost, raises as well
+                self._leave_out(error)
+            with suppress(OSError):  # a full disk
+                whole = self._keep.with_suffix(".partial")
+                whole.write_text(str(self._step))
+                os.replace(whole, self._keep)
 
         self.later(call)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         plain = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in metrics.items()}
-        self._guarded(super().log_metrics, plain, step)
+        if not self.off:
+            try:
+                super().log_metrics(plain, step)
+            except Exception as error:
+                self.switch_off(_shortly(error))
 
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
         self._guarded(super().log_image, key, images, step, **kwargs)
@@ -276,8 +296,12 @@ class Wandb(WandbLogger):
         def call() -> None:
             import wandb
 
-            artifact = wandb.Artifact(name, type="model", metadata=metadata)
-            artifact.add_reference(file.resolve().as_uri(), name=file.name)
+            try:
+                artifact = wandb.Artifact(name, type="model", metadata=metadata)
+                artifact.add_reference(file.resolve().as_uri(), name=file.name)
+            except Exception as error:
+                self._leave_out(error)
+                return
             self._experiment.log_artifact(artifact, aliases=aliases)  # type: ignore[union-attr]
 
         self.later(call)
@@ -287,7 +311,13 @@ class Wandb(WandbLogger):
             try:
                 function(*args, **kwargs)
             except Exception as error:
-                self.switch_off(" ".join(str(error).split())[:160] or type(error).__name__)
+                self._leave_out(error)
+
+    def _leave_out(self, error: Exception) -> None:
+        if not self._left_out:
+            log.warning(f"W&B doesn't take everything ({_shortly(error)}); what it doesn't is left out there")
+        self._left_out = True
+        log.debug("W&B", exc_info=True)
 
     def switch_off(self, why: str) -> None:
         """Log nothing more, and say so once."""
@@ -301,7 +331,7 @@ class Wandb(WandbLogger):
         return Path(self._experiment.dir).parent  # type: ignore[union-attr]
 
     def _write_anew(self, why: str) -> None:
-        """Go on in a new offline run of the same id, which gets all numbers of the lost one."""
+        """Go on in a new offline run of the same id, which gets the newest numbers of the lost one."""
         _abandon()
         self.moved = True
         import wandb
@@ -313,6 +343,7 @@ class Wandb(WandbLogger):
             run.config.update({"wandb_lost": why, **self._config}, allow_val_change=True)
         for step, numbers in self._numbers:
             run.log(numbers, step=step)
+        self._numbers.clear()
         self._experiment = run
         log.warning(f"W&B was lost ({why}) and goes on offline, without earlier pictures: {shown(self.folder)}")
 
@@ -324,7 +355,7 @@ class Wandb(WandbLogger):
                 call()
             except BaseException as error:  # asyncio's cancellation is none of Exception
                 log.debug("W&B", exc_info=True)
-                why = " ".join(str(error).split())[:160] or type(error).__name__
+                why = _shortly(error)
                 try:
                     self._write_anew(why) if not self.moved else self.switch_off(why)
                 except BaseException:
@@ -357,7 +388,12 @@ class Wandb(WandbLogger):
             why = _bounded(anew, seconds)
         if why:
             self.switch_off(why)
+        if self.off:  # W&B would wait for it at this process's end
             _abandon()
+
+
+def _shortly(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _bounded(call: Callable[[], None], seconds: float) -> str:
@@ -370,7 +406,7 @@ def _bounded(call: Callable[[], None], seconds: float) -> str:
             said.append("")
         except BaseException as error:
             log.debug("W&B", exc_info=True)
-            said.append(" ".join(str(error).split())[:160] or type(error).__name__)
+            said.append(_shortly(error))
 
     thread = threading.Thread(target=attempt, name="W&B's end", daemon=True)
     thread.start()

@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import subprocess_script
 
 from recipes import _errors
+from recipes._atomic import not_written
 from recipes._stop import Interrupted, Signals
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,15 @@ SETTLE = 3.0
 #: Seconds in which other ranks follow one that stopped at a signal.
 FOLLOW = 15.0
 #: How a lost rank shows in the others' collective operations.
-_AFTERMATH = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "ncclRemoteError")
+_AFTERMATH = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "gloo/transport",
+    "ncclRemoteError",
+    "communicator was aborted",
+    "Watchdog caught collective operation timeout",
+)
 
 
 @dataclass
@@ -59,6 +68,7 @@ def verdict_of(rank: int, error: BaseException) -> Verdict:
 
     if isinstance(error, Interrupted):
         return Verdict(rank, f"stopped by {error}", [], error.code, weight=0)
+    error = not_written(error) or error  # whatever came of it
     message, hints = _errors.describe(error)
     bad = _errors.is_bad_input(error)
     lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _AFTERMATH)
@@ -80,10 +90,11 @@ class Ranks(Callback):
     Args:
         signals: those that end a run; where it fails, they are ignored.
         end_now: called with the verdict in a rank that doesn't end by itself, before it is ended; says and closes.
+        begins: what this rank begins with, which all of them must, as ``rank 3 <begins>``.
     """
 
-    def __init__(self, signals: Signals, end_now: Callable[[Verdict], None]) -> None:
-        self.signals, self.end_now = signals, end_now
+    def __init__(self, signals: Signals, end_now: Callable[[Verdict], None], begins: str = "") -> None:
+        self.signals, self.end_now, self.begins = signals, end_now, begins
         self.verdict: Verdict | None = None
         self._known = threading.Event()
         self._done = threading.Event()
@@ -91,6 +102,7 @@ class Ranks(Callback):
         self._desk: _Desk | None = None
         self._lock = threading.Lock()
         self._rank = 0
+        self._tried = False
         self._own: Verdict | None = None
         self._has_said = False
 
@@ -105,44 +117,59 @@ class Ranks(Callback):
         vars(trainer.strategy)["setup_environment"] = setup_environment
 
     def _connect(self, trainer: Trainer) -> None:
-        if trainer.world_size == 1 or self._socket is not None or self._done.is_set():
+        if trainer.world_size == 1 or self._tried:
             return
+        self._tried = True  # on all ranks alike, also where it fails: what follows is a collective operation
         self._rank = trainer.global_rank
         environment = getattr(trainer.strategy, "cluster_environment", None)
         host = getattr(environment, "main_address", "127.0.0.1")
+        own: tuple[int, str, str] = (0, "", self.begins)
         if self._rank == 0:
-            self._desk = _Desk(host, trainer.world_size)
-        port, token = trainer.strategy.broadcast((self._desk.port, self._desk.token) if self._desk else (0, ""))
+            try:
+                self._desk = _Desk(host, trainer.world_size)
+                own = (self._desk.port, self._desk.token, self.begins)
+            except OSError as error:
+                log.debug("the first rank can't be reached: %s", error)
+        port, token, begins = trainer.strategy.broadcast(own)
         try:
-            self._socket = socket.create_connection((host, port), timeout=20)
-            self._socket.settimeout(None)
-            _keep_alive(self._socket)
-            self._say({"token": token, "hello": self._rank})
+            connection = socket.create_connection((host, port), timeout=20)
+            connection.settimeout(None)
+            _keep_alive(connection)
         except OSError as error:  # as it was before: a launcher or a timeout ends this rank
-            log.debug("rank %d doesn't reach the first rank at %s:%d: %s", self._rank, host, port, error)
-            self._socket = None
-            return
-        os.register_at_fork(after_in_child=self._forget)  # or a loader's worker would hold the connection
-        threading.Thread(target=self._listen, name="ranks", daemon=True).start()
+            log.warning(
+                f"rank {self._rank} isn't watched, and the others may wait for it in vain where it fails: it doesn't "
+                f"reach the first rank at {host}:{port} ({error})"
+            )
+        else:
+            self._socket = connection
+            self._say({"token": token, "hello": self._rank})
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=self._forget)  # or a loader's worker would hold the connection
+            threading.Thread(target=self._listen, name="ranks", daemon=True).start()
+        if begins != self.begins:
+            raise ValueError(
+                f"rank {self._rank} {self.begins}, the first rank {begins}: is that folder the same on all nodes?"
+            )
 
     @property
     def connected(self) -> bool:
         return self._socket is not None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.tell(exception)
+        self.tell(verdict_of(self._rank, exception))
 
     # ------------------------------------------------------------------ this rank's part
 
-    def tell(self, error: BaseException) -> None:
+    def tell(self, own: Verdict) -> None:
         """Say that this rank fails, or stops at a signal; only the first time counts."""
         if self._own is None:
-            self._own = verdict_of(self._rank, error)
+            self._own = own
             self.signals.ending = self._own.code < 128
             self._say({"failed": asdict(self._own)})
 
     def agreed(self) -> Verdict | None:
-        """What all ranks end with, waiting for it if this rank has told an error; None where it stands alone."""
+        """What all ranks end with, waiting for it if this rank has told an error; None where it stands alone,
+        as it also does when the first rank has ended well before."""
         if self._socket is not None and self._own is not None and self._own.code < 128:
             self._known.wait(2 * SETTLE)
         return self.verdict
@@ -153,19 +180,21 @@ class Ranks(Callback):
             before, self._has_said = self._has_said, True
         return not before and self._rank == (1 if verdict.weight == 1 and verdict.rank == 0 else 0)
 
-    def end(self) -> None:
-        """This rank ends by itself: with the run's good end, or after :meth:`agreed`."""
+    def end(self) -> Verdict | None:
+        """This rank ends by itself: with the run's good end, or after :meth:`agreed`.
+
+        Returns:
+            What all ranks were told before; where this one ended well, another didn't.
+        """
         self._done.set()
+        if self._desk is not None:
+            self.verdict = self._desk.close(well=self._own is None) or self.verdict
         if self._socket is not None:
             if self.verdict is not None and self.verdict.weight > 0:
-                # A communicator of lost ranks may never close; daemons still run while the interpreter ends.
-                last = threading.Timer(2 * GRACE, os._exit, [self.verdict.code])
-                last.daemon = True
-                last.start()
+                threading.Thread(target=_end_with_python, args=[self.verdict.code], daemon=True).start()
             self._say({"bye": True})
-            if self._desk is not None:
-                self._desk.close()
-            self._forget()
+        self._forget()
+        return self.verdict
 
     def _say(self, what: dict[str, Any]) -> None:
         try:
@@ -193,6 +222,7 @@ class Ranks(Callback):
         except (OSError, ValueError):
             verdict = gone(0)
         if verdict is None or self._done.is_set():
+            self._known.set()
             return
         self.verdict, self.signals.ending = verdict, verdict.weight > 0
         self._known.set()
@@ -201,6 +231,13 @@ class Ranks(Callback):
                 self.end_now(verdict)
             finally:
                 os._exit(verdict.code)
+
+
+def _end_with_python(code: int) -> None:
+    """A communicator of lost ranks may never close; daemons still run while the interpreter ends."""
+    threading.main_thread().join()
+    time.sleep(2 * GRACE)
+    os._exit(code)
 
 
 def _keep_alive(connection: socket.socket) -> None:
@@ -215,13 +252,20 @@ class _Desk:
     """In the first rank: hears all ranks, its own too, and tells all of them when one fails."""
 
     def __init__(self, host: str, ranks: int) -> None:
-        own = host in ("127.0.0.1", "localhost", "::1")
-        self.listener = socket.create_server(("127.0.0.1" if own else "", 0), backlog=ranks)
+        if host in ("127.0.0.1", "localhost"):
+            self.listener = socket.create_server(("127.0.0.1", 0), backlog=ranks)
+        elif host == "::1":
+            self.listener = socket.create_server((host, 0), family=socket.AF_INET6, backlog=ranks)
+        elif socket.has_dualstack_ipv6():
+            self.listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=ranks)
+        else:
+            self.listener = socket.create_server(("", 0), backlog=ranks)
         self.port, self.token = self.listener.getsockname()[1], secrets.token_hex(16)
         self._lock = threading.Lock()
         self._open: dict[socket.socket, int | None] = {}  # its rank, once it has said it
         self._closed = False
         self._candidate: Verdict | None = None
+        self._told: Verdict | None = None
         self._deadline = 0.0
         threading.Thread(target=self._serve, name="ranks' desk", daemon=True).start()
 
@@ -231,12 +275,21 @@ class _Desk:
         for each in list(self._open):
             each.close()
 
-    def close(self) -> None:
-        """The first rank ends by itself, so nobody waits for it any more; the others end at their own pace."""
+    def close(self, well: bool) -> Verdict | None:
+        """The first rank ends by itself, so nobody waits for it any more; the others end at their own pace.
+
+        Args:
+            well: it didn't fail. Then a rank that does says so itself, unless all were told before.
+
+        Returns:
+            What all ranks were told.
+        """
         with self._lock:
+            if not self._closed and self._told is None:
+                self._told = None if well else self._candidate
+                self._tell_all({"end": asdict(self._told)} if self._told else {"bye": True})
             self._closed = True
-            candidate = self._candidate
-        self._tell_all({"end": asdict(candidate)} if candidate else {"bye": True})
+            return self._told
 
     def _serve(self) -> None:
         pieces: dict[socket.socket, bytes] = {}
@@ -247,8 +300,11 @@ class _Desk:
                     connection = key.fileobj
                     assert isinstance(connection, socket.socket)
                     if connection is self.listener:
-                        new, _ = self.listener.accept()
-                        _keep_alive(new)
+                        try:
+                            new, _ = self.listener.accept()
+                            _keep_alive(new)
+                        except OSError:  # it was closed, or who called has gone
+                            continue
                         self._open[new], pieces[new] = None, b""
                         events.register(new, selectors.EVENT_READ)
                         continue
@@ -267,8 +323,10 @@ class _Desk:
                         if rank is not None:
                             self._consider(gone(rank))
                 if self._candidate and time.monotonic() > self._deadline:
-                    if any(rank is not None for rank in self._open.values()):
-                        self._tell_all({"end": asdict(self._candidate)})
+                    with self._lock:
+                        if not self._closed and any(rank is not None for rank in self._open.values()):
+                            self._told = self._candidate
+                            self._tell_all({"end": asdict(self._told)})
                     return
 
     def _hear(self, connection: socket.socket, line: bytes) -> bool:

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -166,7 +167,7 @@ class Run:
         given = os.environ.get(FOLDER_VARIABLE)
         if given and not first:
             folder = Path(given)
-        elif temporary:
+        elif temporary and first:  # the others get it by SharedFolder
             folder = Path(tempfile.mkdtemp(prefix="fast_dev_run-"))
         elif resume is not None:
             folder = resume
@@ -200,7 +201,7 @@ class Run:
             n = 1
             while (kept := self.folder / f"config.{n}.yaml").exists():
                 n += 1
-            os.link(file, kept)
+            shutil.copyfile(file, kept)
         whole = self.folder / "config.partial"  # a killed run must be found again by its config.yaml
         whole.write_text(text, encoding="utf-8")
         os.replace(whole, file)
@@ -221,8 +222,6 @@ class Run:
             return
         os.environ.pop(FOLDER_VARIABLE, None)
         if self.temporary:
-            import shutil
-
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -141,8 +141,8 @@ class LastCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = trainer.strategy.broadcast(str(self.file.parent))
         self.file = Path(folder) / self.file.name
-        if stage == "fit" and trainer.is_global_zero:  # of a run that was killed; SLURM's requeue saves into the run
-            remove_partial(self.file.parent, self.file.parent.parent)
+        if stage == "fit" and trainer.is_global_zero:  # of a run that was killed
+            remove_partial(self.file.parent)
         if stage == "fit" and trainer.world_size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo")  # on the CPU: asking must not wait for the GPU
 

@@ -98,7 +98,7 @@ class Torch(Bare):
     """An error of torch, which says ValueError too."""
 
     def perturb(self, module: LightningModule, batch: Batch) -> None:
-        torch.distributions.Normal(torch.tensor(0.0), torch.tensor(-1.0))
+        torch.distributions.Normal(torch.tensor(0.0), torch.tensor(-1.0), validate_args=True)  # others switch it off
 
 
 class Deep(Bare):

@@ -18,8 +18,8 @@ class Fail(Callback):
     """One rank fails at one optimizer step.
 
     Args:
-        where: ``step`` (within the training step), ``callback``, ``validation`` or ``start`` (before the ranks' first
-            collective operation of training).
+        where: ``step`` (within the training step), ``callback``, ``validation``, ``start`` (before the ranks' first
+            collective operation of training) or ``end`` (after the last one).
         rank: which rank.
         step: at which optimizer step (the first validation behind it, for a validation).
         how: ``raise``, ``kill`` (SIGKILL) or ``sleep`` (for an hour, in all ranks
@@ -52,6 +52,9 @@ class Fail(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.fail(trainer, "callback")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.fail(trainer, "end")
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -91,7 +91,7 @@ CASES = [
     for rank in (0, 1)
     for where, how in (
         ("step", "raise"), ("callback", "raise"), ("validation", "raise"), ("start", "raise"),
-        ("step", "sleep"), ("step", "kill"),
+        ("step", "sleep"), ("step", "kill"), ("end", "raise"),
     )
 ]  # fmt: skip
 QUICK = [("lightning", 1, "step", "kill"), ("torchrun", 1, "step", "sleep")]
@@ -111,17 +111,118 @@ def test_one_rank_fails_and_all_end_with_its_error(
     assert took < 30 and not running(str(tmp_path / "runs"))
     dead = how == "kill" and rank == 0 and launcher == "lightning"  # the very process that was started
     assert result.code == (-signal.SIGKILL if dead else 1), result.err
-    at = {"step": 3, "callback": 3, "validation": 6, "start": 0}[where]
+    at = {"step": 3, "callback": 3, "validation": 6, "start": 0, "end": 12}[where]
     said = f"RuntimeError: boom in {where} at step {at}" if how != "kill" else f"rank {rank} is gone without a word"
     who = " (rank 1)" if rank and how != "kill" else ""
     assert result.error_lines == [f"error: {said}{who}"], result.err
-    if how != "kill":
+    if how != "kill" and not (where == "end" and rank):  # by then the first rank may have closed its log
         assert f"boom in {where}" in (log := (result.run / "run.log").read_text()) and "Traceback" in log
     rows = [int(row["step"]) for row in metrics(result.run)] if rank or how != "kill" else []
     if rows:  # every step that was done before is in metrics.csv, but for the failing one
         assert [step for step in rows if step < at] == list(range(at)), rows
-    if step == 3 and how != "sleep":
+    if step == 3 and where != "end" and how != "sleep":
         assert checkpoint(result.run)["global_step"] == 2
+
+
+class Strategy:
+    """What a rank's connection to the first one takes of a trainer; ``sent`` is shared by the ranks."""
+
+    def __init__(self, rank: int, sent: list[Any]) -> None:
+        self.world_size, self.global_rank, self.sent, self.broadcasts = 2, rank, sent, 0
+        self.strategy = self
+
+    def setup_environment(self) -> None:
+        pass
+
+    def broadcast(self, what: Any) -> Any:
+        self.broadcasts += 1
+        if self.global_rank == 0:
+            self.sent[:] = [what]
+        return self.sent[0]
+
+
+def connect(rank: int, sent: list[Any], begins: str = "") -> tuple[Any, Strategy]:
+    from recipes._ranks import Ranks
+    from recipes._stop import Signals
+
+    ranks, strategy = Ranks(Signals(), lambda verdict: None, begins), Strategy(rank, sent)
+    ranks.follow(strategy)  # type: ignore[arg-type]
+    strategy.setup_environment()
+    return ranks, strategy
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.8])
+def test_error_of_another_rank_after_the_first_has_ended_well(seconds: float) -> None:
+    """All were told of it before, and then the first rank says it; or nobody was, and then the rank itself does."""
+    from recipes._ranks import verdict_of
+
+    sent: list[Any] = []
+    (first, _), (second, _) = connect(0, sent), connect(1, sent)
+    second.tell(verdict_of(1, RuntimeError("boom")))
+    time.sleep(seconds)
+    told = first.end()
+    begun = time.monotonic()
+    agreed = second.agreed()
+    second.end()
+    assert time.monotonic() - begun < 1 and agreed == told
+    assert (told is not None and told.rank == 1 and first.says(told)) if seconds else told is None
+
+
+def test_rank_that_does_not_reach_the_first_goes_on_with_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    """The environment is set up for the test after training, too: then no rank is in a collective operation alone."""
+    sent: list[Any] = [(1, "", "")]  # a port that nothing listens at
+    ranks, strategy = connect(1, sent)
+    strategy.setup_environment()
+    assert not ranks.connected and strategy.broadcasts == 1
+    assert "rank 1 isn't watched" in caplog.text
+    ranks.end()
+
+
+def test_ranks_that_begin_with_other_checkpoints() -> None:
+    sent: list[Any] = []
+    first, _ = connect(0, sent, "begins with b.ckpt of step 4")
+    with pytest.raises(ValueError, match=r"rank 1 begins with a.ckpt of step 3, the first rank begins with b.ckpt"):
+        connect(1, sent, "begins with a.ckpt of step 3")
+    first.end()
+
+
+@pytest.mark.parametrize(
+    ("message", "weight"),
+    [
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1", 0),
+        ("NCCL error: remote process exited or there was a network error, NCCL version 2.2\nncclRemoteError: ", 0),
+        ("NCCL error: unhandled cuda error, NCCL version 2.2\nncclUnhandledCudaError: out of memory", 2),
+    ],
+)
+def test_error_that_another_ranks_end_left_behind(message: str, weight: int) -> None:
+    from recipes._ranks import verdict_of
+
+    assert verdict_of(1, RuntimeError(message)).weight == weight
+
+
+def test_signal_while_the_run_is_being_closed(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import recipes._run
+
+    end, codes = recipes._run.Run.end, []
+
+    def ends(self: Any, code: int = 0) -> None:
+        codes.append(code)
+        if len(codes) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # the handler's exception comes here
+        end(self, code)
+
+    monkeypatch.setattr(recipes._run.Run, "end", ends)
+    result = cli("fit", "--trainer.fast_dev_run", "true")
+    assert (result.code, result.err, codes) == (143, "", [0, 143])
+
+
+@pytest.mark.parametrize("name", ["ddp_spawn", "ddp_notebook_find_unused_parameters_true"])
+def test_strategy_that_copies_this_process(cli: Run, name: str) -> None:
+    result = cli("fit", "--trainer.strategy", name, "--trainer.accelerator", "cpu", "--trainer.devices", 2)
+    kind = "_".join(name.split("_")[:2])
+    said = f"error: {kind} can't start the ranks of a recipe: use --trainer.strategy {name.replace(kind, 'ddp')}"
+    assert result.code == 2 and result.err.splitlines() == [said] and result.runs == []
 
 
 @pytest.mark.slow

@@ -110,6 +110,15 @@ def test_fast_dev_run_leaves_nothing_behind(
     assert "where everything is" not in result.out
 
 
+def test_dry_run_has_one_temporary_folder_for_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes import _run
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(_run, "rank", lambda: 1)  # torchrun hands the first one's folder to nobody
+    _run.Run.begin("toy", "fit", tmp_path / "runs", temporary=True).end()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("verb", "metric"), [("validate", "val/acc"), ("test", "test/acc")])
 def test_evaluation_has_a_folder_and_a_table(cli: Run, verb: str, metric: str) -> None:
     result = cli(verb)

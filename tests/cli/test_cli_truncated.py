@@ -149,16 +149,6 @@ def test_nothing_whole_in_the_newest_run_is_an_error_and_no_older_run_is_taken(c
     assert cli("test", "--ckpt_path", "best").code == 2
 
 
-def test_checkpoint_of_slurms_requeue_falls_back_to_the_last(stopped: Path) -> None:
-    hpc = stopped / "hpc_ckpt_1.ckpt"
-    hpc.write_bytes(b"cut")
-    saved = last(stopped.parent.parent)
-    assert saved is not None and saved.file.name == "last.ckpt" and "of step 18" in saved.warning
-    shutil.copyfile(stopped / "checkpoints" / "last.ckpt", hpc)
-    saved = last(stopped.parent.parent)
-    assert saved is not None and saved.file == hpc and saved.run_folder == stopped
-
-
 # ---------------------------------------------------------------------- hostile
 
 
@@ -266,6 +256,13 @@ def test_payload_in_a_checkpoint_in_shards(cli: Run, stopped: Path, marker: Path
         write()
     result = cli("fit", "--ckpt_path", folder)
     assert result.code == 2 and "will not load safely (posix.system)" in result.err and len(result.error_lines) == 1
+    listing = dcp.FileSystemReader(folder).read_metadata() if place != "listing" else None
+    for entry in listing.storage_data.values() if listing else ():
+        entry.transform_descriptors = ["zstd"]
+    if listing:  # what a reader would unpickle isn't what lies there
+        (folder / ".metadata").write_bytes(pickle.dumps(listing))
+        with pytest.raises(CheckpointError, match="its entries are compressed"):
+            _checkpoints.read(folder, *ME)
     (folder / ".metadata").write_bytes(b"cut")
     with pytest.raises((Damaged, CheckpointError)):
         _checkpoints.read(folder, *ME)
@@ -357,6 +354,35 @@ def test_full_disk_ends_the_run_with_one_line_and_what_was_saved_stays(
     assert_equal_runs(whole, result.run)
 
 
+@pytest.mark.parametrize("where", ["this rank", "another rank", "flush"])
+def test_full_disk_while_shards_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """torch tells all ranks of the failure of one, in an error that is none of Exception."""
+    from lightning.pytorch import Trainer
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(self: Trainer, place: Path, *args: Any) -> None:
+        place.mkdir()
+        (place / "meta.pt").write_bytes(b"half")
+        if where == "this rank":
+            raise full
+        if where == "another rank":
+            raise CheckpointException("write", {1: (full, None)})  # type: ignore[dict-item]
+
+    def no_room(opened: int) -> None:
+        raise full
+
+    trainer = _atomic.AtomicTrainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    vars(trainer.strategy)["_save_distributed_checkpoint"] = True
+    monkeypatch.setattr(Trainer, "save_checkpoint", write)
+    if where == "flush":
+        monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(_atomic.NotWritten, match=r"last.ckpt can't be written: no space left on device \(\d"):
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_full_file_system(cli: Run, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without a free byte: run.log and metrics.csv can't be written, either. Mounts one, as root may."""
@@ -434,7 +460,7 @@ def test_rows_written_ahead_of_a_checkpoint_are_there_once(tmp_path: Path) -> No
 
 
 def test_what_is_half_written_is_no_checkpoint_and_is_removed_at_the_next_start(cli: Run, stopped: Path) -> None:
-    half, older, own = stopped / "checkpoints" / "7-ab.partial", stopped / "8-cd.partial", stopped / "mine.txt"
+    half, older, own = (stopped / "checkpoints" / name for name in ("7-ab.partial", "8-cd.partial", "mine.txt"))
     half.write_bytes((stopped / "checkpoints" / "last.ckpt").read_bytes()[:1000])
     older.mkdir()
     (older / "meta.pt").write_bytes(b"half")

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Result, checkpoint, commit, config, metrics
@@ -118,6 +119,58 @@ def test_place_of_a_run_is_as_the_environment_says(cli: Run, monkeypatch: pytest
     (file,) = offline_files(cli("fit", wandb="offline").run)
     run = tracked(file)
     assert (run.group, run.kind, run.name, run.tags) == ("advstyle/faces", "plain", "plain, seed 3", ["seed-3"])
+
+
+class Taken:
+    """Stands in for a run of W&B, which takes numbers only."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        if any(not isinstance(value, (int, float)) for value in data.values()):
+            raise ValueError("no picture")
+        self.rows.append({**data, "_step": step})
+
+    def finish(self, exit_code: int) -> None:
+        self.rows.append({"code": exit_code})
+
+
+def test_picture_that_wandb_does_not_take_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And so is the number of the last step, where the disk is full; the numbers that are kept are bounded."""
+    from recipes._loggers import Wandb
+
+    class Few(Wandb):
+        again = 2
+
+    log = Few(tmp_path / "last_step", project="x", offline=True, save_dir=str(tmp_path))
+    (tmp_path / "last_step.partial").mkdir()  # can't be written
+    run = log._experiment = Taken()  # type: ignore[assignment]
+    log._thread.start()
+    for step in range(3):
+        log.log_metrics({"loss": 0.5}, step)
+        log.log_image("picture", [str(tmp_path / "nowhere.png")])
+        log.log({"a": 1.0, "table": object()})
+    log.log_reference("best", tmp_path / "nowhere.ckpt", ["best"], {})
+    log.close(0, 10.0)
+    assert not log.off and not log.moved and run.rows[-1] == {"code": 0}
+    assert [row["_step"] for row in run.rows if "loss" in row] == [0, 2, 4]
+    assert [row["_step"] for row in run.rows if "a" in row] == [1, 3, 5]
+    assert [step for step, _ in log._numbers] == [4, 5]
+    assert len([line for line in caplog.messages if "doesn't take everything" in line]) == 1
+
+
+def test_wandb_that_was_switched_off_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes import _loggers
+
+    ended: list[bool] = []
+    monkeypatch.setattr(_loggers, "_abandon", lambda: ended.append(True))
+    log = _loggers.Wandb(tmp_path / "last_step", project="x", offline=True, save_dir=str(tmp_path))
+    run = log._experiment = Taken()  # type: ignore[assignment]
+    log._thread.start()
+    log.switch_off("a test")
+    log.close(0, 10.0)
+    assert ended == [True] and not run.rows
 
 
 CLAIM = """\
