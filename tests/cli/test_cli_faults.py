@@ -119,7 +119,7 @@ def test_one_rank_fails_and_all_end_with_its_error(
         assert f"boom in {where}" in (log := (result.run / "run.log").read_text()) and "Traceback" in log
     rows = [int(row["step"]) for row in metrics(result.run)] if rank or how != "kill" else []
     if rows:  # every step that was done before is in metrics.csv, but for the failing one
-        assert [step for step in rows if step < at] == list(range(at)), rows
+        assert sorted({step for step in rows if step < at}) == list(range(at)), rows  # of validations, too
     if step == 3 and where != "end" and how != "sleep":
         assert checkpoint(result.run)["global_step"] == 2
 
