@@ -276,6 +276,10 @@ ON["coprompt", "LabelNoise"] = {"num_classes": 2}  # the base classes, which alo
 class Parity(Images):
     """The same in two classes."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_classes, self.class_names = 2, ["a", "b"]
+
     def load(self, part: str) -> ImageSet:  # type: ignore[override]
         images = super().load(part)
         images.entries["label"] = images.entries["label"] % 2
