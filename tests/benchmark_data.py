@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from PIL import Image
 from rich.progress import track
 from torch.utils.data import DataLoader
@@ -43,6 +43,8 @@ from datamodules import (
 from datamodules.loading import PartsDataModule
 from datamodules.sampling import TrainBatches
 from recipes._cli import CONFIGS, run
+from tests.laws.cells import trainer
+from tests.processes import model_of
 
 #: Width and height of the generated images, least and most.
 LEAST, MOST = (96, 96), (160, 120)
@@ -220,32 +222,20 @@ class Waiting:
 def waiting_of(module: LightningModule, data: Any, steps: int, folder: str) -> tuple[float, float]:
     """In a run of the trainer alone."""
     watch = Waiting()
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-        default_root_dir=folder,
-    )
+    runner = trainer(max_steps=steps, max_epochs=-1, limit_val_batches=0, default_root_dir=folder)
     with watch.watching():
-        trainer.fit(module, datamodule=data)
+        runner.fit(module, datamodule=data)
     return watch.share()
 
 
 def waiting_of_recipe(recipe: str, workers: int, steps: int, folder: str) -> tuple[float, float]:
     """In ``python -m recipes.<recipe> fit``, the default run, its first steps."""
     watch = Waiting()
-    text = (CONFIGS.parent / "recipes" / recipe / "__main__.py").read_text()
-    model = text.partition('run("')[2].partition('"')[0]
     words = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 1, "limit_test_batches": 1}
     argv = [f"--trainer.{name}={value}" for name, value in words.items()]
     with watch.watching():
         argv += ["--trainer.default_root_dir", folder, "--wandb", "off"]
-        code = run(model, recipe, ["fit", *argv, f"--data.num_workers={workers}"])
+        code = run(model_of(recipe), recipe, ["fit", *argv, f"--data.num_workers={workers}"])
     if code:
         raise RuntimeError(f"{recipe} ended with {code}")
     return watch.share()

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 
 from callbacks.diagnostic import Diagnostic
-from callbacks.exact_resume import ExactResume
+from tests.laws.cells import trainer
 from tests.laws.diagnostics import diagnostics
 
 
@@ -35,21 +35,9 @@ def diagnostic_table(module: Callable[[], LightningModule], data: Callable[[], L
         diagnostic.measuring = timed  # type: ignore[method-assign]
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            trainer = Trainer(
-                max_epochs=1,
-                accelerator="cpu",
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-                num_sanity_val_steps=0,
-                limit_val_batches=0,
-                default_root_dir=folder,
-                callbacks=[ExactResume(), diagnostic],
-            )
-            trainer.fit(module(), datamodule=data())
+            runner = trainer(diagnostic, limit_val_batches=0, default_root_dir=folder)
+            runner.fit(module(), datamodule=data())
         spent, whole = diagnostic.seconds
-        step = (whole - spent) / trainer.global_step
+        step = (whole - spent) / runner.global_step
         cells = f"{whole / (whole - spent):.3f} | {len(diagnostic.steps)} | {max(times) / step:.2f}"
         print(f"| {name} | {cells} |", flush=True)

@@ -27,7 +27,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.processes import ranks
+from tests.processes import model_of, ranks
 
 HOME = Path(__file__).parents[1]
 #: The core recipes' default configs, and what is changed in them here; the steps are the first ones.
@@ -39,14 +39,6 @@ DEFAULTS: dict[str, list[str]] = {
     "scalelong": [],
     "adversarial_training": ["--trainer.callbacks", "null"],  # evaluation alone
     "attention_at": ["--trainer.callbacks", "null"],
-}
-CLASSES = {
-    "advstyle": "recipes.advstyle.module.DomainGeneralizer",
-    "coprompt": "recipes.coprompt.module.CoPrompt",
-    "noise_mask": "recipes.noise_mask.module.NoiseMaskPolicy",
-    "scalelong": "recipes.scalelong.module.Diffusion",
-    "adversarial_training": "recipes.adversarial_training.module.AdversarialTrainer",
-    "attention_at": "recipes.attention_at.module.AttentionClassifier",
 }
 #: Configs of the papers' protocols: recipe, config, and what the model otherwise takes from the data.
 PAPERS: list[tuple[str, str, dict[str, Any]]] = [
@@ -137,7 +129,7 @@ def one_rank(recipes: Sequence[str], steps: int, folder: Path) -> None:
         words += ["--trainer.callbacks+=tests.benchmark_scaling.Listener"]
         words += ["--trainer.callbacks.file", str(folder / f"{recipe}-{world}-{rank}.json")]
         name = recipe.split(" ")[0]
-        code = run(CLASSES[name], name, words)
+        code = run(model_of(name), name, words)
         if code:
             raise SystemExit(code)
 
@@ -173,7 +165,7 @@ def of_paper(recipe: str, config: str, data: dict[str, Any]) -> tuple[int, int]:
     """Bytes of the gradients and of the buffers that DDP sends in a step of a paper's config, without techniques."""
     import importlib
 
-    module, _, name = CLASSES[recipe].rpartition(".")
+    module, _, name = model_of(recipe).rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     model = dict(yaml.safe_load((HOME / "configs" / recipe / f"{config}.yaml").read_text())["model"])
     for key in ("pretrained", "vae", "embeddings"):

@@ -1,4 +1,4 @@
-"""Ranks of a process group on this machine, as torchrun starts them."""
+"""What a command runs, and ranks of a process group on this machine, as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recipes._cli import HOME
+
+
+def model_of(recipe: str) -> str:
+    """The dotted class that ``recipes/<recipe>/__main__.py`` runs."""
+    text = (HOME / "recipes" / recipe / "__main__.py").read_text(encoding="utf-8")
+    return text.partition('run("')[2].partition('"')[0]
 
 
 class Ended(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 
 from recipes._cli import HOME, run
 from tests.laws import laws
-from tests.recipes.test_configs import model_of
+from tests.processes import model_of
 
 TEXT = (HOME / "README.md").read_text(encoding="utf-8")
 EXAMPLE = re.search(r"`(my_technique\.py)`.*?```python\n(.*?)```\n\n```bash\n(.*?)\n```", TEXT, re.S)

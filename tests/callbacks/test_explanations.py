@@ -7,8 +7,6 @@ import json
 import logging
 import math
 import os
-import socket
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -45,6 +43,7 @@ from callbacks.explanations import (
 from callbacks.heatmap import COLOUR, OPACITY, Heat, Shown, page, strengths
 from callbacks.report import Report, save_page
 from tests.callbacks.small import trainer
+from tests.processes import ranks
 
 WORDS = ["<pad>", "<unk>", *(f"w{i}" for i in range(28))]
 
@@ -772,22 +771,8 @@ logged = {k: float(v) for k, v in runner.callback_metrics.items() if k != "test/
 
 def test_two_ranks_log_and_show_what_one_process_does(tmp_path: Path) -> None:
     """Also where a text comes on both."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    command, home = [sys.executable, "-c", RANK, str(tmp_path)], Path(__file__).parents[2]
-    ranks = [
-        subprocess.Popen(command, cwd=home, env={**common, "RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE)
-        for r in "01"
-    ]
-    try:
-        for process in ranks:
-            _, said = process.communicate(timeout=100)
-            assert process.returncode == 0, said.decode()
-    finally:
-        for process in ranks:
-            process.kill()
+    ends = ranks([sys.executable, "-c", RANK, str(tmp_path)], 2, tmp_path, 100)
+    assert [end.code for end in ends] == [0, 0], ends[0].err + ends[1].err
     (first, logged), (second, also) = (json.loads((tmp_path / f"{r}.json").read_text()) for r in "01")
     callback, one = explained(tmp_path / "one", report=True, examples=25)
     assert first == second and logged == also

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from callbacks.linear_probe import LinearProbe, choose_l2, held_out, solve, stan
 from datamodules.images import ImageDataModule, ImageSet
 from recipes.classifier import Classifier
 from tests.callbacks.small import Net, trainer
+from tests.processes import ranks
 
 
 class Stub(ImageDataModule):
@@ -328,22 +326,8 @@ logged = {k: float(v) for k, v in runner.callback_metrics.items()}
 
 
 def test_two_ranks_log_what_one_process_logs(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    command, home = [sys.executable, "-c", RANK, str(tmp_path)], Path(__file__).parents[2]
-    ranks = [
-        subprocess.Popen(command, cwd=home, env={**common, "RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE)
-        for r in "01"
-    ]
-    try:
-        for process in ranks:
-            _, said = process.communicate(timeout=100)
-            assert process.returncode == 0, said.decode()
-    finally:
-        for process in ranks:
-            process.kill()
+    ends = ranks([sys.executable, "-c", RANK, str(tmp_path)], 2, tmp_path, 100)
+    assert [end.code for end in ends] == [0, 0], ends[0].err + ends[1].err
     (first, logged), (second, also) = (json.loads((tmp_path / r).read_text()) for r in "01")
     assert first == second == probed(classifier(), Stub(noise=0.45)).result
     assert logged["test/probe_acc"] == also["test/probe_acc"] == pytest.approx(first["accuracy"])

@@ -9,8 +9,6 @@ import logging
 import math
 import os
 import random
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
@@ -47,6 +45,7 @@ from callbacks.word_substitution import (
     substitutes,
 )
 from tests.callbacks.small import trainer
+from tests.processes import ranks
 
 # ---------------------------------------------------------------------- texts, and networks that add up their words
 
@@ -887,22 +886,8 @@ logged = {k: float(v) for k, v in runner.callback_metrics.items()}
 
 
 def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    command, home = [sys.executable, "-c", RANK, str(tmp_path)], Path(__file__).parents[2]
-    ranks = [
-        subprocess.Popen(command, cwd=home, env={**common, "RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE)
-        for r in "01"
-    ]
-    try:
-        for process in ranks:
-            _, said = process.communicate(timeout=100)
-            assert process.returncode == 0, said.decode()
-    finally:
-        for process in ranks:
-            process.kill()
+    ends = ranks([sys.executable, "-c", RANK, str(tmp_path)], 2, tmp_path, 100)
+    assert [end.code for end in ends] == [0, 0], ends[0].err + ends[1].err
     (first, logged), (second, also) = (json.loads((tmp_path / r).read_text()) for r in "01")
     evaluator, alone = attacked(tmp_path / "alone", Recurrent(), examples=9)
     assert first == second == json.loads(json.dumps(evaluator.result))

@@ -9,8 +9,6 @@ drawn at random, at a random moment of it: in the step, in the middle of writing
 from __future__ import annotations
 
 import argparse
-import ast
-import csv
 import json
 import mmap
 import os
@@ -28,7 +26,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 import callbacks.report
 from recipes import _app, _atomic
 from recipes._checkpoints import _load
-from recipes._cli import HOME, run
+from recipes._cli import run
+from tests.cli.conftest import TOY, metrics, same
+from tests.processes import model_of
 
 #: What makes each core recipe small: a few dozen steps of some milliseconds.
 _RESNET = ("--model.backbone_args", "{channels: [8, 8, 16, 16], stem_width: 8}", "--model.channels_last", "false")
@@ -51,12 +51,8 @@ SHORT = ("--trainer.max_epochs", "4", "--trainer.limit_train_batches", "10", "--
 WHERE = ("step", "bytes", "written", "replaced", "start")
 
 
-def model_of(recipe: str) -> str:
-    if recipe == "toy":
-        return "tests.cli.toy.ToyNet"
-    tree = ast.parse((HOME / "recipes" / recipe / "__main__.py").read_text(encoding="utf-8"))
-    return next(str(n.args[0].value) for n in ast.walk(tree) if isinstance(n, ast.Call) and n.args
-                and isinstance(n.args[0], ast.Constant))  # fmt: skip
+def dotted(recipe: str) -> str:
+    return TOY if recipe == "toy" else model_of(recipe)
 
 
 def die() -> None:
@@ -160,7 +156,7 @@ def attempt(recipe: str, argv: list[str], log: Path, kill: Kill) -> int:
             os.dup2(opened, 1)
             os.dup2(opened, 2)
             kill.patch()
-            code = run(model_of(recipe), recipe, argv)
+            code = run(dotted(recipe), recipe, argv)
             sys.stdout.flush()
         finally:
             os._exit(code)
@@ -176,26 +172,11 @@ def attempt(recipe: str, argv: list[str], log: Path, kill: Kill) -> int:
         time.sleep(0.001)
 
 
-def rows(run_folder: Path) -> list[dict[str, str]]:
-    with (run_folder / "metrics.csv").open(newline="", encoding="utf-8") as opened:
-        return [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(opened)]
-
-
 def the_run(root: Path, recipe: str) -> Path | None:
     """The run that has a checkpoint; those killed before their first one are left aside."""
     found = [f.parent.parent for f in root.glob(f"{recipe}/*/checkpoints/last.ckpt")]
     assert len(found) < 2, f"went on in another folder: {found}"
     return found[0] if found else None
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
 
 
 def torment(recipe: str, out: Path, kills: int, every: int, seed: int, more: list[str]) -> dict[str, Any]:
@@ -246,7 +227,7 @@ def torment(recipe: str, out: Path, kills: int, every: int, seed: int, more: lis
         found["lost"].append(max(done - saved, 0))
         if done - saved > every:
             problems.append(f"kill {i} ({where}): {done} steps were done, {saved} are saved")
-        if here is not None and not set(range(saved)) <= {int(r["step"]) for r in rows(here)}:
+        if here is not None and not set(range(saved)) <= {int(r["step"]) for r in metrics(here)}:
             problems.append(f"kill {i} ({where}): metrics.csv lacks steps before {saved}")
     code = attempt(recipe, [*argv, str(root)], out / "killed.log", Kill(seen, -1, "", draw))
     here = the_run(root, recipe)
@@ -261,8 +242,8 @@ def torment(recipe: str, out: Path, kills: int, every: int, seed: int, more: lis
         other = here / "checkpoints" / file.name
         if not other.is_file() or not same(_load(file)["state_dict"], _load(other)["state_dict"]):
             problems.append(f"{file.name} differs from that of the run that wasn't killed")
-    if rows(whole) != rows(here):
-        a, b = rows(whole), rows(here)
+    if metrics(whole) != metrics(here):
+        a, b = metrics(whole), metrics(here)
         first = next((x for x in zip(a, b, strict=False) if x[0] != x[1]), (len(a), len(b)))
         problems.append(f"metrics.csv differs: {first}")
     left = [f.name for f in here.rglob(f"*{_atomic.PARTIAL}")]
@@ -284,7 +265,7 @@ def main() -> int:
     torch.set_num_threads(1)
     callbacks.report.save_figure = lambda *_: None  # type: ignore[assignment]  # takes longer than training
     _app.import_plugs()
-    __import__(model_of(given.recipe).rpartition(".")[0])
+    __import__(dotted(given.recipe).rpartition(".")[0])
     found = torment(given.recipe, given.out, given.kills, given.every, given.seed, more)
     print(json.dumps(found))
     return int(bool(found["problems"]))

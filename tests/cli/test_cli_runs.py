@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import Result, checkpoint, commit, config, metrics
+from wandb_files import finished
 
 Run = Callable[..., Result]
 
@@ -222,37 +222,6 @@ def test_logging_is_afterwards_as_it_was(cli: Run) -> None:
 # ---------------------------------------------------------------------- W&B
 
 
-def records(run: Path) -> list[Any]:
-    """The records of W&B's offline file: a LevelDB log (blocks of 32 KiB, chunks of crc, length, type) of protobufs."""
-    from wandb.proto import wandb_internal_pb2
-
-    (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    data, at, found, parts = file.read_bytes(), 7, [], b""
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            found.append(record)
-            parts = b""
-    return found
-
-
-def finished_records(run: Path, seconds: float = 30) -> list[Any]:
-    """Those of a run that has ended: W&B's own process writes the last of them a moment later."""
-    end = time.monotonic() + seconds
-    while "exit" not in {record.WhichOneof("record_type") for record in records(run)}:
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return records(run)
-
-
 def test_wandb_logs_offline_without_account_network_or_question(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("asked for the network")
@@ -266,7 +235,8 @@ def test_wandb_logs_offline_without_account_network_or_question(cli: Run, monkey
     assert f"wandb sync {folder}" in result.out
     logged: dict[str, Any] = {}
     history: set[str] = set()
-    for record in finished_records(result.run):
+    (file,) = folder.glob("*.wandb")
+    for record in finished(file):
         for part in (record.config, record.run.config):
             logged |= {item.key: json.loads(item.value_json) for item in part.update}
         history |= {item.key or item.nested_key[0] for item in record.history.item}

@@ -24,6 +24,7 @@ from recipes import _sweep
 from recipes._cli import CONFIGS, run
 from recipes._jobs import Jobs
 from recipes._sweep import main, read, settings
+from tests.processes import model_of
 
 #: Instead of a training: writes what a run writes, fails or waits as it's told, and notes that it was started.
 FAKE = """
@@ -169,9 +170,7 @@ def test_runs_of_a_recipes_sweep_are_ones_that_it_takes(file: Path, capsys: pyte
     found = read(_sweep.find(name))
     command = _sweep.command_of(found, settings(found, 1, 0)[0])
     assert command[:4] == [sys.executable, "-m", f"recipes.{name}", "fit"]
-    text = (HOME / "recipes" / name / "__main__.py").read_text()
-    model = text.partition('run("')[2].partition('"')[0]
-    assert run(model, name, [*command[3:], "--ckpt_path", "last?", "--print_config"]) == 0
+    assert run(model_of(name), name, [*command[3:], "--ckpt_path", "last?", "--print_config"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["seed_everything"] in (1, 2, 3)
 
 

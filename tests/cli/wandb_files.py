@@ -59,14 +59,19 @@ class Tracked:
         return [(row["trainer/global_step"], row[key]) for row in self.rows if key in row]
 
 
-def tracked(file: Path, ended: bool = True, seconds: float = 30) -> Tracked:
-    """An offline file; of a run that has ended W&B's own process writes the last record a moment later."""
+def finished(file: Path, seconds: float = 30) -> list[Any]:
+    """The records of a run that has ended: W&B's own process writes the last one a moment later."""
     end = time.monotonic() + seconds
-    while ended and "exit" not in {record.WhichOneof("record_type") for record in records(file)}:
+    while "exit" not in {record.WhichOneof("record_type") for record in records(file)}:
         assert time.monotonic() < end, f"{file} has no end"
         time.sleep(0.1)
+    return records(file)
+
+
+def tracked(file: Path, ended: bool = True) -> Tracked:
+    """An offline file; ``ended``: of a run that has."""
     run = Tracked(file)
-    for record in records(file):
+    for record in finished(file) if ended else records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             of = record.run

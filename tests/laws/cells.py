@@ -26,8 +26,8 @@ from callbacks.perturbation import Perturbation
 from datamodules.images import ImageDataModule, ImageSet
 from datamodules.text import Examples, TextDataModule
 from recipes.__main__ import read_cards
-from recipes._cli import HOME
 from recipes.clip import towers
+from tests.processes import model_of
 
 CLASSES, SIDE, BATCH, STEPS = 3, 32, 4, 3
 
@@ -136,8 +136,7 @@ def recipes() -> dict[str, type[LightningModule]]:
     """Every recipe's LightningModule, by name of the recipe."""
     found = {}
     for name in read_cards():
-        text = (HOME / "recipes" / name / "__main__.py").read_text(encoding="utf-8")
-        module, _, cls = text.partition('run("')[2].partition('"')[0].rpartition(".")
+        module, _, cls = model_of(name).rpartition(".")
         found[name] = getattr(importlib.import_module(module), cls)
     return found
 

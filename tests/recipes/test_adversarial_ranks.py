@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.processes import ranks
 
 SMALL = ["--model.backbone", "cnn4", "--model.backbone_args", "{width: 4}", "--wandb", "off", "--data.batch_size", "32"]
 TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -77,18 +78,8 @@ torch.save(whole, folder / f"{os.environ['RANK']}.pt")
 
 def test_free_training_resumes_on_two_ranks(tmp_path: Path) -> None:
     """3 batches of 3 replays, stopped between two replays: the carried perturbations of both ranks are kept."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    command, home = [sys.executable, "-c", RANK, str(tmp_path)], Path(__file__).parents[2]
-    ranks = []
-    for rank in ("0", "1"):
-        environment = {**common, "LOCAL_RANK": rank, "RANK": rank}
-        ranks.append(subprocess.Popen(command, cwd=home, env=environment, stderr=subprocess.PIPE))
-    for process in ranks:
-        _, said = process.communicate(timeout=200)
-        assert process.returncode == 0, said.decode()
+    ends = ranks([sys.executable, "-c", RANK, str(tmp_path)], 2, tmp_path, 200)
+    assert [end.code for end in ends] == [0, 0], ends[0].err + ends[1].err
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
     assert not torch.equal(first["carried"], second["carried"]), "each rank's own"
     assert torch.equal(first["state"][0::2], first["carried"]) and torch.equal(first["state"], second["state"])

@@ -11,14 +11,9 @@ import yaml
 
 from recipes.__main__ import FIELDS, read_cards
 from recipes._cli import CONFIGS, run
+from tests.processes import model_of
 
 RUNS = sorted(f for f in CONFIGS.glob("*/*.yaml") if f.stem != "sweep" and not f.stem.startswith("claim"))
-
-
-def model_of(recipe: str) -> str:
-    """The dotted class that ``recipes/<recipe>/__main__.py`` runs."""
-    text = (CONFIGS.parent / "recipes" / recipe / "__main__.py").read_text()
-    return text.partition('run("')[2].partition('"')[0]
 
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda f: f"{f.parent.name}/{f.stem}")

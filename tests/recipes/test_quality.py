@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from datamodules import MNIST
 from recipes.classifier import Classifier
 from recipes.scalelong import quality
 from recipes.scalelong.quality import DigitFeatures, InceptionFeatures, SampleQuality, precision_recall
+from tests.processes import ranks
 
 NAMES = ("FID", "KID", "precision", "recall")
 
@@ -248,15 +246,8 @@ torch.save([first, metrics.compute()], pathlib.Path(sys.argv[1]) / f"{{rank}}.pt
 
 def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
     """Ranks with different numbers of images and batches, one of them without any real one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command, home = [sys.executable, "-c", RANK, str(tmp_path)], Path(__file__).parents[2]
-    ranks = [subprocess.Popen(command, cwd=home, env={**common, "RANK": rank}, stderr=subprocess.PIPE) for rank in "01"]
-    for process in ranks:
-        _, said = process.communicate(timeout=100)
-        assert process.returncode == 0, said.decode()
+    ends = ranks([sys.executable, "-c", RANK, str(tmp_path)], 2, tmp_path, 100)
+    assert [end.code for end in ends] == [0, 0], ends[0].err + ends[1].err
     real = draw(90)
     expected = [measured(real, draw(80, 8, seed=1), subset_size=30), measured(real, draw(40, seed=2), subset_size=30)]
     for rank in "01":

@@ -16,7 +16,7 @@ import torch
 from recipes._atomic import AtomicCheckpointIO
 from recipes.coprompt.module import CoPrompt
 from recipes.scalelong.module import Diffusion
-from tests.processes import ranks
+from tests.processes import model_of, ranks
 
 QUIET = ["--wandb", "off", "--trainer.enable_progress_bar", "false"]
 TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
@@ -57,11 +57,6 @@ COMMANDS: dict[str, tuple[str, str, str, list[str]]] = {
         [*DIFFUSION, *TWO, *SHARDED, "--trainer.callbacks+=GeneralizationMeasures"],
     ),
 }
-CLASSES = {
-    "scalelong": "recipes.scalelong.module.Diffusion",
-    "coprompt": "recipes.coprompt.module.CoPrompt",
-    "classifier": "recipes.classifier.module.Classifier",
-}
 RANK = """
 import json, sys, torch
 import callbacks.report
@@ -80,7 +75,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]
     words = []
     for recipe, verb, place, more in COMMANDS.values():
         given = [verb, *more, *QUIET, "--trainer.default_root_dir", str(root / place)]
-        words.append([CLASSES[recipe], recipe, given])
+        words.append([model_of(recipe), recipe, given])
     ends = ranks([sys.executable, "-c", RANK, json.dumps(words)], 2, root, 600)
     assert [end.code for end in ends] == [0, 0], ends[0].err + ends[1].err
     codes = [json.loads(end.out.splitlines()[-1]) for end in ends]
@@ -125,7 +120,7 @@ def call(monkeypatch: pytest.MonkeyPatch, recipe: str, verb: str, root: Path, *w
 
     given = [verb, *words, *QUIET, "--trainer.default_root_dir", str(root)]
     monkeypatch.setattr(sys, "argv", ["x", *given])
-    return run(CLASSES[recipe], recipe, given)
+    return run(model_of(recipe), recipe, given)
 
 
 def test_refuses_what_it_cannot_do(
